@@ -1,0 +1,37 @@
+# make install   the environment (.venv), pinned by constraints.txt
+# make test      environment, then all tests
+# make lint      ruff, mypy, import-linter
+# make demo      environment, then the main job end to end; make demo CONFIG=configs/office.yaml for any experiment
+PYTHON ?= python3
+CONFIG ?= configs/demo.yaml
+BIN := .venv/bin
+
+.PHONY: install test lint format demo clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ilrec needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: install
+	$(BIN)/ilrec demo $(CONFIG)
+
+clean:
+	rm -rf runs build *.egg-info

@@ -1,0 +1,123 @@
+"""`ilrec demo`: an experiment end to end, ending with a served recommendation."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from recommender.bundle import read_manifest
+from trainer.data.dataset import Dataset
+from trainer.evaluation import evaluate
+from trainer.experiment import Experiment
+from trainer.fit import train
+from trainer.prepare import Say, prepare
+from trainer.ranking import held_out
+
+
+def run(experiment: Experiment, say: Say = print) -> dict[str, Any]:
+    """Prepare, train, evaluate, serve, ask once; print and save (`<run>/summary.json`) what was seen.
+
+    Returns:
+        The summary: seconds by stage, data statistics, metrics by system, the recommendation, where things lie.
+    """
+    seconds: dict[str, float] = {}
+
+    def timed(stage: str, function: Any, *arguments: Any) -> Any:
+        say(f"── {stage}")
+        started = time.monotonic()
+        result = function(*arguments)
+        seconds[stage] = round(time.monotonic() - started, 1)
+        return result
+
+    prepared: Path = timed("prepare", prepare, experiment, say)
+    bundle: Path = timed("train", train, experiment, prepared, say)
+    evaluation = experiment.run_dir / "evaluation"
+    report = timed(
+        "evaluate",
+        evaluate,
+        bundle,
+        prepared / "dataset",
+        "test",
+        evaluation,
+        experiment.evaluation,
+        experiment.cluster,
+        say,
+    )
+    history, answer = timed("serve", ask, experiment, bundle, Dataset.load(prepared / "dataset"))
+
+    metrics = dict(report.metrics)
+    if experiment.world is not None:
+        metrics["oracle"] = json.loads((experiment.run_dir / "world" / "oracle.json").read_text())["test"]["oracle"]
+    print_recommendation(history, answer)
+    print_report(metrics, report.intervals)
+    summary = {
+        "name": experiment.name,
+        "metrics": metrics,
+        "intervals": report.intervals,
+        "validation": read_manifest(bundle).metrics,
+        "exact_rate": report.exact_rate,
+        "invalid_rate": report.invalid_rate,
+        "expansions": report.expansions,
+        "seconds": seconds,
+        "data": json.loads((prepared / "dataset" / "stats.json").read_text()),
+        "request": {"history": history, "response": answer},
+        "paths": {"data": str(prepared), "bundle": str(bundle), "evaluation": str(evaluation)},
+    }
+    path = experiment.run_dir / "summary.json"
+    path.write_text(json.dumps(summary, indent=2))
+    say("seconds: " + ", ".join(f"{stage} {value}" for stage, value in seconds.items()))
+    say(f"everything lies in {experiment.run_dir}")
+    say(f"  bundle      {bundle}\n  evaluation  {evaluation}\n  summary     {path}")
+    say(f"serve it again: ilrec serve {bundle}")
+    return summary
+
+
+def ask(experiment: Experiment, bundle: Path, dataset: Dataset) -> tuple[list[str], dict[str, Any]]:
+    """Serve the bundle, post the first test history, stop serving. Returns the history's titles and the answer."""
+    from ray import serve
+
+    from service.app import run as run_service
+
+    run_service(bundle, experiment.serving, blocking=False)
+    items = held_out(dataset, "test").histories[0]
+    body = json.dumps({"history": [dataset.item_ids[i] for i in items], "k": 10}).encode()
+    url = f"http://{experiment.serving.host}:{experiment.serving.port}/v1/recommendations"
+    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer: dict[str, Any] = json.load(response)
+    finally:
+        serve.shutdown()
+    return [dataset.titles[i] for i in items], answer
+
+
+def print_recommendation(history: list[str], answer: dict[str, Any]) -> None:
+    """The history and the served list, as tables."""
+    console = Console()
+    table = Table("history (oldest first)", title="POST /v1/recommendations")
+    for title in history[-10:]:
+        table.add_row(title)
+    console.print(table)
+    table = Table("rank", "score", "recommended title")
+    for item in answer["items"]:
+        table.add_row(str(item["rank"]), f"{item['score']:.3f}", item["title"])
+    console.print(table)
+
+
+def print_report(metrics: dict[str, dict[str, float]], intervals: dict[str, dict[str, tuple[float, float]]]) -> None:
+    """Metrics by system, with their intervals where they were bootstrapped."""
+    table = Table("metric", *metrics, title="full ranking")
+    for name in metrics["model"]:
+        cells = []
+        for system, values in metrics.items():
+            low_high = intervals.get(system, {}).get(name)
+            interval = f" [{low_high[0]:.4f}, {low_high[1]:.4f}]" if low_high else ""
+            cells.append(f"{values[name]:.4f}{interval}")
+        table.add_row(name, *cells)
+    Console().print(table)

@@ -1,0 +1,259 @@
+"""The command line: one verb a job, nothing but arguments. Heavy packages are imported by the verb that runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from recommender.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Train, evaluate and serve language-model recommenders on Ray.
+
+A first run, start to end:
+
+  ilrec train configs/demo.yaml
+  ilrec evaluate configs/demo.yaml
+  ilrec serve runs/demo/bundle
+
+Every verb explains itself: ilrec train --help.""",
+)
+
+Config = Annotated[Path, typer.Argument(help="The experiment, a YAML file (see configs/ and `ilrec schema`).")]
+Set = Annotated[
+    list[str],
+    typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Override a field: --set training.epochs=3. Repeatable."),
+]
+Bundle = Annotated[
+    Path, typer.Argument(help="A bundle: the directory that `ilrec train` writes, <storage>/<name>/bundle.")
+]
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="Directory to write the world to.")],
+    overrides: Set = [],  # noqa: B006  (typer reads it, nobody changes it)
+) -> None:
+    """Write a simulated world with known truth: items, interactions and the oracle's metrics.
+
+    \b
+    ilrec simulate worlds/a
+    ilrec simulate worlds/b --set seed=7 --set items=20000
+    """
+    from trainer.experiment import load_world
+    from trainer.simulator import simulate as write_world
+
+    write_world(load_world(overrides), out, _say)
+
+
+@app.command()
+def prepare(config: Config, overrides: Set = []) -> None:  # noqa: B006
+    """Read, clean and split the data, spell the catalogue; print and save statistics.
+
+    \b
+    ilrec prepare configs/office.yaml
+    ilrec prepare my.yaml --set data.min_user_interactions=5
+    """
+    from trainer.experiment import load_experiment
+
+    experiment = load_experiment(config, overrides)
+    from trainer.prepare import prepare as write_prepared
+
+    prepared = write_prepared(experiment, _say)
+    _say(f"prepared: {prepared} (statistics in dataset/stats.json)")
+
+
+@app.command()
+def train(config: Config, overrides: Set = []) -> None:  # noqa: B006
+    """Prepare the data if need be, train on Ray, export the best checkpoint as a bundle.
+
+    Interrupted? Run the same command again: it goes on from its latest checkpoint.
+
+    \b
+    ilrec train configs/demo.yaml
+    ilrec train configs/office.yaml --set training.epochs=3 --set cluster.workers=1
+    ilrec train my.yaml --set init_from=runs/last_week/bundle
+    """
+    from trainer.experiment import load_experiment
+
+    experiment = load_experiment(config, overrides)
+    from trainer.fit import train as fit
+    from trainer.prepare import prepare as write_prepared
+
+    bundle = fit(experiment, write_prepared(experiment, _say), _say)
+    _say(f"bundle: {bundle}\nnext: ilrec evaluate {config}, or ilrec serve {bundle}")
+
+
+@app.command()
+def evaluate(
+    config: Config,
+    bundle: Annotated[Path | None, typer.Option(help="Default: the experiment's own bundle.")] = None,
+    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    against: Annotated[
+        Path | None, typer.Option(help="Per-target file of another evaluation: paired bootstrap of the difference.")
+    ] = None,
+    overrides: Set = [],  # noqa: B006
+) -> None:
+    """Rank every held-out target against the whole catalogue: HR and NDCG with 95 % intervals, most-popular beside.
+
+    \b
+    ilrec evaluate configs/demo.yaml
+    ilrec evaluate configs/demo.yaml --split validation
+    ilrec evaluate configs/demo.yaml --against runs/other/evaluation/test.parquet
+    """
+    from trainer.experiment import load_experiment
+
+    experiment = load_experiment(config, overrides)
+    if split not in ("test", "validation"):
+        raise UserError(f"--split {split}: choose test or validation")
+    from deploy.demo import print_report
+    from trainer.evaluation import compare
+    from trainer.evaluation import evaluate as rank_all
+
+    out = experiment.run_dir / "evaluation"
+    dataset = experiment.run_dir / "prepared" / "dataset"
+    chosen = bundle or experiment.run_dir / "bundle"
+    report = rank_all(chosen, dataset, split, out, experiment.evaluation, experiment.cluster, _say)
+    print_report(report.metrics, report.intervals)
+    _say(
+        f"{report.targets} {split} targets in {report.seconds:.1f} s; exact {report.exact_rate:.1%}, "
+        f"invalid {report.invalid_rate:.1%}, {report.expansions:.1f} expansions a list"
+    )
+    _say(f"saved: {out}/{split}.json, .parquet")
+    if against is not None:
+        found = compare(out / f"{split}.parquet", against)
+        low, high = found["interval"]
+        _say(f"{found['metric']} minus {against}: {found['difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}]")
+
+
+@app.command()
+def recommend(
+    bundle: Bundle,
+    history: Annotated[str, typer.Option(help='Item ids or titles, oldest first, parted by ";".')],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
+    seen: Annotated[bool, typer.Option("--seen/--unseen", help="Whether items of the history may come back.")] = False,
+) -> None:
+    """Print the top-K for one history.
+
+    \b
+    ilrec recommend runs/demo/bundle --history "Norvik Trail Tent; Norvik Sleeping Bag"
+    ilrec recommend runs/office/bundle --history "12; 431; 77" -k 5
+    """
+    from recommender.recommender import Recommender
+
+    recommender = Recommender.load(bundle)
+    texts = [text.strip() for text in history.split(";") if text.strip()]
+    if not texts:
+        raise UserError('--history is empty; give ids or titles parted by ";"')
+    items = recommender.catalogue.indices_of(texts)
+    answer = recommender.recommend([items], k, None if seen else [set(items)])[0]
+    for rank, (item, score) in enumerate(zip(answer.items, answer.scores, strict=True), 1):
+        _say(f"{rank:>3}  {score:8.3f}  {recommender.catalogue.item_ids[item]}  {recommender.catalogue.titles[item]}")
+    if len(answer.items) < k:
+        _say(f"only {len(answer.items)} items are left to recommend")
+    _say("exact: this is the true top-K" if answer.exact else "not exact: the node budget ran out")
+
+
+@app.command()
+def serve(
+    bundle: Bundle,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; default 8000.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Take the `serving` section of this experiment.")] = None,
+) -> None:
+    """Serve a bundle over HTTP with Ray Serve until Ctrl-C.
+
+    \b
+    ilrec serve runs/demo/bundle
+    curl -s localhost:8000/v1/recommendations -H 'content-type: application/json' \\
+         -d '{"history": ["<id or title>"], "k": 5}'
+    """
+    from service.config import ServingConfig
+
+    settings = ServingConfig()
+    if config is not None:
+        from trainer.experiment import load_experiment
+
+        settings = load_experiment(config).serving
+    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    from service.app import run
+
+    run(bundle, settings.model_copy(update=given), blocking=True)
+
+
+@app.command()
+def export(
+    bundle: Bundle,
+    out: Annotated[Path, typer.Argument(help="Directory of the new bundle.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Fold the LoRA adapter into the backbone.")] = False,
+) -> None:
+    """Copy a bundle, its adapter folded in, so that it needs no other files.
+
+    \b
+    ilrec export runs/lora/bundle exported --merge
+    """
+    if not merge:
+        raise UserError("say what to do: ilrec export BUNDLE OUT --merge")
+    from recommender.recommender import merge_adapter
+
+    merge_adapter(bundle, out)
+    _say(f"merged bundle: {out}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of an experiment: every section, field, default and description.
+
+    \b
+    ilrec schema > experiment.schema.json
+    """
+    import json
+
+    from trainer.experiment import Experiment
+
+    _say(json.dumps(Experiment.model_json_schema(), indent=2))
+
+
+@app.command()
+def demo(
+    config: Annotated[Path, typer.Argument(help="Any experiment.")] = Path("configs/demo.yaml"),
+    overrides: Set = [],  # noqa: B006
+) -> None:
+    """The main job end to end: prepare, train, evaluate, serve, and one HTTP request.
+
+    \b
+    ilrec demo
+    ilrec demo configs/office.yaml
+    """
+    from trainer.experiment import load_experiment
+
+    experiment = load_experiment(config, overrides)
+    from deploy.demo import run
+
+    run(experiment, _say)
+
+
+def main() -> NoReturn:
+    """Run the command line; a user's mistake is one message and status 2, never a traceback."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

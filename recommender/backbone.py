@@ -1,0 +1,245 @@
+"""Backbones: the causal language model behind a recommender, seen as hidden states and a prediction layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from recommender.config import BackboneConfig, LoraConfig, PresetBackbone
+from recommender.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Preset(NamedTuple):
+    """Shape of a from-scratch Llama."""
+
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+
+
+PRESETS = {"tiny": Preset(128, 4, 4, 352), "small": Preset(256, 6, 8, 704), "base": Preset(512, 8, 8, 1408)}
+
+_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+_LAYERS = ("layers", "h", "blocks")
+
+
+class Backbone:
+    """A causal language model, plain or with LoRA adapters, and its tokenizer.
+
+    Attributes:
+        model: the `transformers` or `peft` model; `save_pretrained` works on it.
+        tokenizer: its tokenizer.
+        num_layers: number of decoder layers, L.
+        vocabulary: number of rows of the prediction layer, V.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
+        self.model = model
+        self.tokenizer = tokenizer
+        plain: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.decoder: Any = plain.get_decoder()
+        self.head: nn.Module = plain.get_output_embeddings()
+        self.norm = _only(self.decoder, _NORMS, "final norm")
+        self.layers: list[nn.Module] = list(_only(self.decoder, _LAYERS, "decoder layers").children())
+        self.num_layers = len(self.layers)
+        self.vocabulary = int(plain.config.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def padding(self) -> int:
+        """A token that may fill up rows; it is masked, so any will do."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Last hidden states after the final norm: [B, Q, D].
+
+        Args:
+            input_ids: int64 [B, Q].
+            attention_mask: bool [B, 1, Q, K], True where a query may attend; None = plain causal attention.
+            position_ids: int64 [B, Q]; None = 0 … Q−1.
+            cache: keys and values of earlier tokens; this call appends to it.
+        """
+        output = self.decoder(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return output.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The prediction layer on normed hidden states [N, D]: [N, V]."""
+        return self.head(hidden)
+
+    @contextmanager
+    def tapped(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """Collect the residual stream after the given layers while the model runs.
+
+        Layer l (1 … L−1) is what `transformers` calls `hidden_states[l]`: the output of the l-th decoder layer, without
+        the final norm. Yields a dict, layer → [B, Q, D], filled by the forward pass.
+        """
+        taps: dict[int, Tensor] = {}
+
+        def keep(layer: int) -> RemovableHandle:
+            def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+                taps[layer] = output if isinstance(output, Tensor) else output[0]
+
+            return self.layers[layer - 1].register_forward_hook(hook)
+
+        handles = [keep(layer) for layer in layers]
+        try:
+            yield taps
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _only(module: nn.Module, names: Sequence[str], what: str) -> nn.Module:
+    for name in names:
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise UserError(
+        f"backbone: no {what} found in {type(module).__name__} (looked for {', '.join(names)}); "
+        "use a Llama-, Qwen-, GPT-2- or OPT-like model"
+    )
+
+
+def train_tokenizer(titles: Sequence[str], vocabulary: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer for a preset, trained on the catalogue's titles. Every text can be spelled."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=["<pad>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(titles, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def load_tokenizer(config: BackboneConfig, titles: Sequence[str]) -> PreTrainedTokenizerBase:
+    """The backbone's tokenizer; a preset's is trained on `titles`."""
+    if isinstance(config, PresetBackbone):
+        return train_tokenizer(titles, config.vocabulary)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"backbone.path: no tokenizer can be loaded from {config.path!r}: {_short(error)}") from error
+
+
+def load_backbone(
+    config: BackboneConfig, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Backbone:
+    """The backbone to train: a preset with fresh weights drawn from `seed`, or a pretrained model; LoRA on top if set.
+
+    Raises:
+        UserError: nothing can be loaded from the path, or LoRA's target modules are not in the model.
+    """
+    if isinstance(config, PresetBackbone):
+        model: Any = _preset(config, tokenizer, seed)
+        model.to(dtype)
+    else:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise UserError(f"backbone.path: no model can be loaded from {config.path!r}: {_short(error)}") from error
+    if config.lora is not None:
+        model = add_lora(model, config.lora)
+    return Backbone(model, tokenizer)
+
+
+def _preset(config: PresetBackbone, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = PRESETS[config.size]
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        intermediate_size=shape.mlp,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(llama)
+
+
+def count_layers(path: str, revision: str | None) -> int:
+    """Decoder layers of a saved model, read from its config alone (an adapter's: from its base model's)."""
+    from pathlib import Path
+
+    from transformers import AutoConfig
+
+    adapter = Path(path).expanduser() / "adapter_config.json"
+    if adapter.exists():
+        import json
+
+        path = json.loads(adapter.read_text())["base_model_name_or_path"]
+    try:
+        return int(AutoConfig.from_pretrained(path, revision=revision).num_hidden_layers)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"backbone: no model config can be read from {path!r}: {_short(error)}") from error
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """Freeze the model and add trainable low-rank adapters."""
+    import peft
+
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    try:
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,  # type: ignore[arg-type]  # floats work
+                lora_dropout=config.dropout,
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise UserError(f"backbone.lora.target_modules: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,133 @@
+"""Bundles: a recommender in a directory that `transformers` and `peft` open by themselves.
+
+    config.json, model*.safetensors            the model (or adapter_config.json, adapter_model.safetensors)
+    tokenizer*.json, generation_config.json    as `save_pretrained` writes them
+    catalogue.parquet, titles.marisa           the items and the index of their titles
+    trie.safetensors, items.json               spelled identifiers as a radix trie; identifier and prompt settings
+    recommender.json                           the manifest: version, search, fingerprint, metrics, checksums
+
+safetensors, Parquet and JSON only (and marisa's plain trie): nothing in a bundle is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from recommender.config import SearchConfig
+from recommender.errors import UserError
+
+MANIFEST = "recommender.json"
+SCHEMA_VERSION = 1
+
+
+class Manifest(BaseModel):
+    """What `recommender.json` holds.
+
+    Attributes:
+        schema_version: of the bundle's layout.
+        name: shown to clients as the model.
+        search: how this model's top-K is found.
+        backbone: what was trained (the experiment's `backbone` section).
+        objective: what it was trained with.
+        data_fingerprint: of the prepared dataset.
+        metrics: of the selection (validation), by name.
+        checksums: sha256 of every other file, by name.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    search: SearchConfig = SearchConfig()
+    backbone: dict[str, Any] = {}
+    objective: dict[str, Any] = {}
+    data_fingerprint: str = ""
+    metrics: dict[str, float] = {}
+    checksums: dict[str, str] = {}
+
+
+def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Path], None]) -> None:
+    """Write a bundle aside and rename it into place: it is complete, or it is not there.
+
+    Args:
+        directory: replaced if it exists, once the new one is complete.
+        write_files: writes everything but the manifest into the directory it is given.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        write_files(aside)
+        checksums = {path.name: _sha256(path) for path in sorted(aside.iterdir()) if path.is_file()}
+        complete = manifest.model_copy(update={"checksums": checksums})
+        (aside / MANIFEST).write_text(complete.model_dump_json(indent=2))
+        (aside / "README.md").write_text(_card(complete))
+        aside.chmod(0o755)
+        if directory.exists():
+            shutil.rmtree(directory)
+        aside.rename(directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a bundle, its files checked against it.
+
+    Raises:
+        UserError: no bundle, a layout of another version, a file that is missing or differs from its checksum.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        raise UserError(
+            f"{directory}: not a bundle (no {MANIFEST}); `ilrec train` writes one to <storage>/<name>/bundle"
+        )
+    try:
+        values = json.loads(path.read_text())
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"{path}: schema version {version}, this release reads version {SCHEMA_VERSION}; "
+                "export the bundle again with the release that serves it"
+            )
+        manifest = Manifest.model_validate(values)
+    except (ValueError, AttributeError, ValidationError) as error:
+        raise UserError(f"{path}: damaged: {error}") from error
+    for name, expected in manifest.checksums.items():
+        file = directory / name
+        if not file.exists():
+            raise UserError(f"{file}: missing from the bundle; copy the whole directory again")
+        if _sha256(file) != expected:
+            raise UserError(f"{file}: differs from its checksum in {MANIFEST}; damaged or edited, copy or export again")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _card(manifest: Manifest) -> str:
+    metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in manifest.metrics.items()) or "| – | – |"
+    return f"""---
+library_name: transformers
+tags: [recommendation]
+---
+# {manifest.name}
+
+A language-model recommender: it names a user's next item. Backbone: `{json.dumps(manifest.backbone)}`; objective:
+`{json.dumps(manifest.objective)}`; data fingerprint `{manifest.data_fingerprint[:12]}`.
+
+| validation metric | value |
+|---|---|
+{metrics}
+
+Recommend: `ilrec recommend <this directory> --history "first title; second title"`.
+Serve: `ilrec serve <this directory>`.
+"""

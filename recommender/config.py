@@ -1,0 +1,99 @@
+"""Configuration of what is served: identifiers, prompt, backbone, search. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class StrictModel(BaseModel):
+    """Base of every config: unknown keys are refused by name, values cannot change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class IdentifierConfig(StrictModel):
+    """How an item is spelled in tokens."""
+
+    kind: Literal["title"] = Field("title", description="'title': the item's title (BIGRec).")
+    template: str = Field("{title}", description="The text that is spelled, e.g. '\"{title}\"' to quote titles.")
+    max_tokens: int = Field(
+        32,
+        ge=1,
+        description="Titles are cut to this many tokens, in histories and in responses alike; items that then "
+        "collide get a distinguishing suffix.",
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _has_title(cls, template: str) -> str:
+        if template.count("{title}") != 1:
+            raise ValueError("must hold {title} exactly once")
+        return template
+
+
+class PromptConfig(StrictModel):
+    """The text around a history. Each piece is tokenised by itself, so that no token crosses an item's border."""
+
+    prefix: str = Field("", description="Opens the prompt: the instruction.")
+    separator: str = Field("{end}", description="Precedes each item of the history. '{end}' is the end token.")
+    suffix: str = Field(
+        "{end}",
+        description="Closes the prompt; the response follows. With the defaults a history reads like a chain of "
+        "responses, and a training row holds every item once.",
+    )
+    chat: bool = Field(
+        False, description="Wrap prefix and suffix with the tokenizer's chat template (instruction-tuned backbones)."
+    )
+    history: int = Field(20, ge=1, description="The most recent items of a history that enter the prompt.")
+
+
+class LoraConfig(StrictModel):
+    """Low-rank adapters (peft). Absent: full fine-tuning."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        "all-linear", description="Module names, e.g. [q_proj, v_proj], or 'all-linear'."
+    )
+
+
+class PresetBackbone(StrictModel):
+    """A small Llama trained from scratch, with a tokenizer trained on the catalogue. Needs no download."""
+
+    kind: Literal["preset"] = "preset"
+    size: Literal["tiny", "small", "base"] = Field("tiny", description="tiny ≈ 1M, small ≈ 6M, base ≈ 30M weights.")
+    vocabulary: int = Field(4096, ge=300, description="Size of the byte-level BPE vocabulary; bytes need 256.")
+    lora: LoraConfig | None = Field(None, description="Train adapters only (of use with `init_from`).")
+
+
+class PretrainedBackbone(StrictModel):
+    """Any causal language model that `transformers` loads."""
+
+    kind: Literal["pretrained"]
+    path: str = Field(description="A local directory, or a hub name (the one download that you ask for).")
+    revision: str | None = Field(None, description="Hub revision to pin.")
+    lora: LoraConfig | None = Field(None, description="Train adapters only; absent: every weight is trained.")
+
+
+BackboneConfig = Annotated[PresetBackbone | PretrainedBackbone, Field(discriminator="kind")]
+
+
+class SearchConfig(StrictModel):
+    """How the top-K is found in the trie."""
+
+    score: Literal["valid", "full"] = Field(
+        "valid",
+        description="valid: each step normalised over the valid tokens; full: over the whole vocabulary, as "
+        "`generate` ranks.",
+    )
+    mode: Literal["exact", "beam"] = Field(
+        "exact", description="exact: widen until the top-K is proven or the node budget is spent; beam: `width` only."
+    )
+    width: int = Field(
+        10, ge=1, description="beam: nodes kept per level of branching; exact: nodes expanded a forward."
+    )
+    node_budget: int = Field(400, ge=1, description="exact: the most nodes that are expanded for one history.")
+    temperature: float = Field(1.0, gt=0, description="Divides the logits before the softmax; changes the order.")

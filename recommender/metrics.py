@@ -1,0 +1,65 @@
+"""Ranking metrics. Each is the mean of its per-target values, so that these can be saved, resampled and paired."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def metric_values(ranks: np.ndarray, cutoffs: Sequence[int]) -> dict[str, np.ndarray]:
+    """Per-target values of HR@K and NDCG@K.
+
+    With one relevant item, HR@K = [rank ≤ K] and NDCG@K = [rank ≤ K] / log2(rank + 1).
+
+    Args:
+        ranks: int [M]; 1 = first, 0 = not in the list.
+        cutoffs: the K.
+
+    Returns:
+        float64 [M] by metric name, "HR@1", "NDCG@1", ….
+
+    Example:
+        >>> {name: values.mean().round(3) for name, values in metric_values(np.array([1, 3, 0]), [10]).items()}
+        {'HR@10': np.float64(0.667), 'NDCG@10': np.float64(0.5)}
+    """
+    values = {}
+    for k in cutoffs:
+        hit = (ranks >= 1) & (ranks <= k)
+        values[f"HR@{k}"] = hit.astype(np.float64)
+        values[f"NDCG@{k}"] = np.where(hit, 1 / np.log2(np.maximum(ranks, 1) + 1.0), 0.0)
+    return values
+
+
+def bootstrap_interval(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `values` [M] under resampling of targets.
+
+    For a paired comparison of two models hand in the per-target differences: an interval without 0 is a difference.
+    """
+    rng = np.random.default_rng(seed)
+    distinct, counts = np.unique(values, return_counts=True)
+    # Resampling M values of which few differ is a multinomial draw: O(distinct) a resample instead of O(M).
+    draws = rng.multinomial(len(values), counts / len(values), size=resamples)
+    means = draws @ distinct / len(values)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def popularity_ranks(popularity: np.ndarray, targets: np.ndarray, seen: Sequence[np.ndarray] | None) -> np.ndarray:
+    """Ranks of `targets` [M] in the list of the most popular items, ties in catalogue order.
+
+    Args:
+        popularity: int64 [items]; counts in the training interactions.
+        targets: int [M]; item indices.
+        seen: for each target the items that may not be listed; None = all may be.
+
+    Returns:
+        int64 [M]; 1 = first.
+    """
+    order = np.lexsort((np.arange(len(popularity)), -popularity))
+    rank = np.empty(len(popularity), np.int64)
+    rank[order] = np.arange(1, len(popularity) + 1)
+    ranks = rank[targets]
+    if seen is not None:
+        ranks = ranks - np.array([int((rank[np.unique(s)] < r).sum()) for s, r in zip(seen, ranks, strict=True)])
+    return ranks

@@ -1,0 +1,61 @@
+"""The probe: can this backbone run prompt trees?
+
+Sliding windows, linear attention and learned recurrences see more than a token's ancestors, and say nothing. So a
+backbone is asked: a small tree row, and the same samples in rows of their own, must give the same hidden states.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from recommender.backbone import Backbone
+from recommender.errors import UserError
+from recommender.tree import Sample, build_row, collate
+
+
+@torch.inference_mode()
+def tree_mismatch(backbone: Backbone, length: int = 64) -> float:
+    """Largest relative difference between tree rows and separate rows, on random tokens.
+
+    Args:
+        backbone: in any dtype, on any device.
+        length: tokens of the longest path; give the longest training row's, since windows only show beyond their size.
+    """
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, backbone.vocabulary, (4, max(length, 16))).astype(np.int32)
+    trunk = tokens[0]
+    samples = []
+    for i, cut in enumerate((len(trunk) // 4, len(trunk) // 2, len(trunk) - 8)):
+        response = tokens[i + 1, :8]
+        samples.append(Sample(trunk[:cut], response, np.zeros(8, np.int32)))
+    samples.append(Sample(trunk[:-8], trunk[-8:], np.zeros(8, np.int32)))
+    samples.sort(key=lambda s: np.concatenate([s.prompt, s.response]).tolist())  # the order that a row keeps
+    tree = _hidden(backbone, [build_row(samples)])
+    alone = _hidden(backbone, [build_row([sample]) for sample in samples])
+    return float((tree - alone).abs().max() / alone.abs().max().clamp_min(1e-12))
+
+
+def _hidden(backbone: Backbone, rows: list) -> torch.Tensor:
+    batch = collate(rows, backbone.padding).to(backbone.device)
+    hidden = backbone.hidden(batch.input_ids, batch.attention_mask(), batch.position_ids)
+    return hidden.flatten(0, 1)[batch.source].float()
+
+
+def check_tree(backbone: Backbone, length: int) -> None:
+    """Refuse a backbone whose prompt trees cannot be trusted.
+
+    Raises:
+        UserError: tree rows disagree with separate rows, or the backbone takes no mask of its own at all.
+    """
+    tolerance = {torch.float32: 1e-3, torch.float64: 1e-6}.get(backbone.dtype, 5e-2)
+    try:
+        mismatch = tree_mismatch(backbone, length)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise UserError(f"backbone: {type(backbone.model).__name__} does not take tree masks: {error}") from error
+    if mismatch > tolerance:
+        raise UserError(
+            f"backbone: {type(backbone.model).__name__} cannot run prompt trees: on a row of {length} tokens its "
+            f"hidden states are off by {mismatch:.1%} (sliding windows and linear attention look past ancestors). "
+            "Use a full-attention model (Llama, Qwen2/3, GPT-2, OPT), or a prompt.history that stays inside its window."
+        )

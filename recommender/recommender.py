@@ -1,0 +1,177 @@
+"""A recommender: an item space, a backbone and a search. Load a bundle, hand it histories, get items that exist."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from recommender.backbone import Backbone, add_lora
+from recommender.bundle import Manifest, read_manifest, write_bundle
+from recommender.config import LoraConfig, SearchConfig
+from recommender.errors import UserError
+from recommender.items import ItemSpace
+from recommender.search import TreeSearch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The top-K for one history.
+
+    Attributes:
+        items: item indices, best first; fewer than k when the filters leave fewer.
+        scores: sums of log-probabilities, in the same order.
+        exact: whether this is proven to be the true top-K of the allowed items.
+        expansions: trie nodes that the search expanded.
+    """
+
+    items: list[int]
+    scores: list[float]
+    exact: bool
+    expansions: int
+
+
+class Recommender:
+    """What is served.
+
+    Args:
+        space: items, identifiers, trie, prompt.
+        backbone: the trained model, in eval mode.
+        manifest: name, search settings, metrics.
+
+    Example:
+        >>> recommender = Recommender.load("runs/demo/bundle")                                # doctest: +SKIP
+        >>> history = recommender.catalogue.indices_of(["Some title", "another title"])       # doctest: +SKIP
+        >>> [recommender.catalogue.titles[i] for i in recommender.recommend([history], k=5)[0].items]  # doctest: +SKIP
+    """
+
+    def __init__(self, space: ItemSpace, backbone: Backbone, manifest: Manifest):
+        self.space = space
+        self.backbone = backbone
+        self.manifest = manifest
+        self.catalogue = space.catalogue
+        self.backbone.model.eval()
+        self._search = TreeSearch(backbone, space.trie, manifest.search)
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        search: SearchConfig | None = None,
+    ) -> Recommender:
+        """Open a bundle.
+
+        Args:
+            bundle: the directory that `ilrec train` or `ilrec export` wrote.
+            device: e.g. "cpu", "cuda".
+            dtype: of the weights; None = as they were saved.
+            search: in place of the bundle's own search settings.
+
+        Raises:
+            UserError: missing, damaged or of another version.
+        """
+        from transformers import AutoModelForCausalLM
+
+        directory = Path(bundle).expanduser()
+        manifest = read_manifest(directory)
+        if search is not None:
+            manifest = manifest.model_copy(update={"search": search})
+        space = ItemSpace.load(directory)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
+        return cls(space, Backbone(model.to(device), space.tokenizer), manifest)
+
+    def save(self, directory: str | Path) -> None:
+        """Write the bundle; complete or absent."""
+
+        def write_files(aside: Path) -> None:
+            self.space.save(aside)
+            self.backbone.model.save_pretrained(str(aside))
+
+        write_bundle(Path(directory), self.manifest, write_files)
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[int]],
+        k: int | Sequence[int] = 10,
+        exclude: Sequence[Collection[int]] | None = None,
+        allow: Sequence[Collection[int] | None] | None = None,
+    ) -> list[Recommendation]:
+        """The top-K items for each history.
+
+        Args:
+            histories: item indices, oldest first; the last `prompt.history` of them are read.
+            k: how many items, for all or for each.
+            exclude: items that may not be recommended, for each history.
+            allow: if not None, the only items that may be, for each history.
+
+        Raises:
+            UserError: a history is longer than the backbone's context.
+        """
+        prompts = [self.space.prompt.encode(history) for history in histories]
+        rankings = self._search.search(
+            prompts, k if isinstance(k, int) else list(k), self._allowed(len(histories), exclude, allow)
+        )
+        return [
+            Recommendation(ranking.items.tolist(), ranking.scores.tolist(), ranking.exact, ranking.expansions)
+            for ranking in rankings
+        ]
+
+    def _allowed(
+        self,
+        rows: int,
+        exclude: Sequence[Collection[int]] | None,
+        allow: Sequence[Collection[int] | None] | None,
+    ) -> torch.Tensor | None:
+        if not any(exclude or ()) and all(only is None for only in allow or ()):
+            return None
+        allowed = torch.ones(rows, len(self.catalogue), dtype=torch.bool)
+        for row in range(rows):
+            if allow is not None and (only := allow[row]) is not None:
+                allowed[row] = False
+                allowed[row, list(only)] = True
+            if exclude is not None:
+                allowed[row, list(exclude[row])] = False
+        return allowed
+
+
+def starting_point(bundle: str | Path, lora: LoraConfig | None, dtype: torch.dtype) -> Backbone:
+    """A bundle's model to train on: an adapter is folded in, fresh LoRA adapters go on top if asked for."""
+    source = Path(bundle).expanduser().absolute()
+    model: Any = _merged(source, dtype)
+    if lora is not None:
+        model = add_lora(model, lora)
+    return Backbone(model, ItemSpace.load(source).tokenizer)
+
+
+def _merged(source: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    read_manifest(source)
+    if (source / "adapter_config.json").exists():
+        import peft
+
+        adapted = peft.AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        return adapted.merge_and_unload()
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+
+
+def merge_adapter(bundle: str | Path, directory: str | Path) -> None:
+    """Fold a bundle's LoRA adapter into its backbone and write the result as a bundle of its own.
+
+    Raises:
+        UserError: the bundle holds no adapter.
+    """
+    source = Path(bundle).expanduser()
+    manifest = read_manifest(source)
+    if not (source / "adapter_config.json").exists():
+        raise UserError(f"{source}: holds full weights, there is no adapter to merge")
+    space = ItemSpace.load(source)
+    Recommender(space, Backbone(_merged(source, None), space.tokenizer), manifest).save(directory)

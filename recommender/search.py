@@ -1,0 +1,500 @@
+"""Top-K of a catalogue by best-first search over the radix trie, on one row of the key-value cache per history.
+
+The prompt is run once. Each step takes the best open nodes of every row, appends the tokens of their chains to the
+*same* cache rows, and lets a token see its prompt and its ancestors (tree attention). The prediction head then scores
+the children of those nodes.
+
+Two scores, each the sum of log-probabilities along an identifier:
+
+- `valid`: at a node that branches, `log_softmax(logits[children] / temperature)`; a forced token adds 0. So a child
+  with one item under it is finished without a forward.
+- `full`: `log_softmax(logits / temperature)` over the whole vocabulary, for every token.
+
+Log-probabilities only fall along a path: a node's score bounds everything under it. When the best open node cannot
+beat the K-th finished item, the answer is the true top-K of the catalogue (`exact`). Ties rank the lower item index
+first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from recommender.cache import TreeCache
+from recommender.config import SearchConfig
+from recommender.trie import RadixTrie
+
+if TYPE_CHECKING:
+    from recommender.backbone import Backbone
+
+_NOTHING = torch.iinfo(torch.int64).min  # the key of an empty place: below every real key
+_LOW = 0x7FFFFFFF
+_CACHE_HEADROOM = 128
+_LOGITS_AT_ONCE = 2**26  # elements of one block of logits
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The answer for one history.
+
+    Attributes
+    ----------
+    items : int32 [<= k], item indices, best first
+    scores : float32 [<= k], their sums of log-probabilities
+    exact : whether this is proven to be the true top-k of the allowed items
+    expansions : nodes that were run through the backbone after the prompt
+    """
+
+    items: np.ndarray
+    scores: np.ndarray
+    exact: bool
+    expansions: int
+
+
+class TreeSearch:
+    """Search over one catalogue with one backbone (which must be in `eval` mode)."""
+
+    def __init__(self, backbone: Backbone, trie: RadixTrie, config: SearchConfig) -> None:
+        self.backbone = backbone
+        self.config = config
+        self.trie = trie.to(backbone.device)
+        self.items = len(trie)
+        self.root_children = int(trie.child_count[0])
+        self.is_leaf = self.trie.child_count == 0
+        if config.score == "valid":
+            self.append_length = self.trie.chain_length
+            self.entry_count = self.trie.child_count
+            self.finished_at_sight = self.is_leaf
+        else:
+            # What follows the last token of an identifier is never asked for, so that token is not run. An expanded
+            # leaf is its own single entry: its chain has then been scored.
+            self.append_length = self.trie.chain_length - self.is_leaf.long()
+            self.entry_count = torch.where(self.is_leaf, 1, self.trie.child_count)
+            self.finished_at_sight = self.is_leaf & (self.trie.chain_length == 1)
+
+    @torch.inference_mode()
+    def search(
+        self,
+        prompts: Sequence[np.ndarray | Sequence[int]],
+        k: int | Sequence[int],
+        allowed: torch.Tensor | None = None,
+    ) -> list[Ranking]:
+        """Rank the catalogue for every prompt.
+
+        Parameters
+        ----------
+        prompts : token ids, one sequence per history, of any lengths >= 1
+        k : items wanted, for all or for each history; more than there are gives all there are
+        allowed : bool [histories, items], items that may be recommended. Filtering never changes a score.
+
+        Raises
+        ------
+        ValueError
+            An empty prompt, `k` below 1, or shapes that do not fit.
+        """
+        if len(prompts) == 0:
+            return []
+        if self.backbone.model.training:
+            raise RuntimeError("dropout would falsify the scores: call model.eval() before a search")
+        rows = self._open_rows(prompts, k, allowed)
+        answers = _Answers(rows)
+        cache = TreeCache(self.backbone.num_layers, _CACHE_HEADROOM)
+        tree = _AppendedTree(self.backbone.device)
+        self._expand_root(rows, cache, prompts)
+        while True:
+            step = self._choose(rows)
+            if step is None:
+                break
+            if 2 * step.rows_alive <= len(rows):
+                answers.store(rows)
+                alive = torch.nonzero(step.take).squeeze(1)
+                rows, step.take = rows.select(alive), step.take[alive]
+                cache.keep_rows(alive)
+            self._expand(rows, step, cache, tree)
+        answers.store(rows)
+        return answers.rankings()
+
+    # ------------------------------------------------------------------------------------------------- the steps
+
+    def _open_rows(
+        self, prompts: Sequence[np.ndarray | Sequence[int]], k: int | Sequence[int], allowed: torch.Tensor | None
+    ) -> _Rows:
+        device, count = self.backbone.device, len(prompts)
+        ks = [k] * count if isinstance(k, int) else list(k)
+        if len(ks) != count or min(ks) < 1:
+            raise ValueError(f"k must be at least 1, one for all or one for each of the {count} prompts; got {k}")
+        lengths = [len(prompt) for prompt in prompts]
+        if min(lengths) < 1:
+            raise ValueError(f"prompt {lengths.index(0)} is empty")
+        wanted = torch.tensor([min(each, self.items) for each in ks], device=device)
+        allowed_sum = None
+        if allowed is not None:
+            if allowed.shape != (count, self.items):
+                raise ValueError(f"allowed must be [{count}, {self.items}], got {list(allowed.shape)}")
+            by_leaf = allowed.to(device)[:, self.trie.item_of_leaf]
+            allowed_sum = torch.nn.functional.pad(by_leaf.cumsum(1, dtype=torch.int32), (1, 0))
+            wanted = torch.minimum(wanted, allowed_sum[:, -1])
+        empty = torch.full((count, 1), _NOTHING, device=device)
+        return _Rows(
+            index=torch.arange(count, device=device),
+            prompt_length=torch.tensor(lengths, device=device),
+            wanted=wanted,
+            finished=empty.expand(count, min(max(ks), self.items)),
+            open_key=empty,
+            open_node=torch.zeros_like(empty),
+            open_parent=torch.zeros_like(empty),
+            dropped=empty[:, 0],
+            expansions=torch.zeros(count, dtype=torch.int64, device=device),
+            allowed_sum=allowed_sum,
+        )
+
+    def _expand_root(self, rows: _Rows, cache: TreeCache, prompts: Sequence[np.ndarray | Sequence[int]]) -> None:
+        """Run the prompts, right-padded under the plain causal mask, and score the root's children."""
+        count, longest = len(prompts), max(len(prompt) for prompt in prompts)
+        padded = np.zeros((count, longest), np.int64)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = prompt
+        device = rows.index.device
+        position_ids = torch.arange(longest, device=device).expand(count, longest)
+        hidden = self.backbone.hidden(torch.from_numpy(padded).to(device), None, position_ids, cache)
+        hidden = hidden[rows.index, rows.prompt_length - 1]
+
+        roots = torch.zeros(count, dtype=torch.int64, device=device)
+        nodes = _Nodes(row=rows.index, node=roots, score=torch.zeros(count, device=device), expansion=roots)
+        self._receive(rows, nodes, _Sizes(entries=count * self.root_children, widest=self.root_children), hidden)
+
+    def _choose(self, rows: _Rows) -> _Step | None:
+        """The best open nodes of each row that could still change its answer. The one wait for the device per step."""
+        live = rows.open_key > rows.last_wanted()[:, None]
+        live_count = live.sum(1)
+        take = live_count.clamp(max=self.config.width)
+        if self.config.mode == "exact":
+            take = torch.minimum(take, self.config.node_budget - rows.expansions)
+        width = min(self.config.width, rows.open_key.shape[1])
+        chosen = torch.arange(width, device=take.device) < take[:, None]
+        node = rows.open_node[:, :width]
+        lengths = torch.where(chosen, self.append_length[node], 0).sum(1)
+        entries = torch.where(chosen, self.entry_count[node], 0).sum(1)
+        summary = [take.sum(), (take > 0).sum(), live_count.max()]
+        summary += [lengths.sum(), lengths.max(), entries.sum(), entries.max()]
+        nodes, rows_alive, most_live, tokens, longest, total, widest = torch.stack(summary).tolist()
+        if nodes == 0:
+            return None
+        rows.keep_open(max(most_live, 1))
+        return _Step(take, rows_alive, nodes, tokens, longest, _Sizes(total, widest))
+
+    def _expand(self, rows: _Rows, step: _Step, cache: TreeCache, tree: _AppendedTree) -> None:
+        """Append the chains of the chosen nodes and score what follows them."""
+        nodes, parent = rows.pop(step, tree)
+        length, start = self.append_length[nodes.node], self.trie.chain_start[nodes.node]
+        above = self.trie.depth[self.trie.parent[nodes.node]]
+        owner, place = _ragged(length, step.tokens)
+        row = nodes.row[owner]
+        slot = _place_in_row(row, len(rows))
+        tokens = self.trie.leaf_tokens[start[owner] + place].long()
+
+        input_ids = tokens.new_zeros(len(rows), step.longest)
+        input_ids[row, slot] = tokens
+        position_ids = torch.zeros_like(input_ids)
+        position_ids[row, slot] = rows.prompt_length[row] + above[owner] + place
+        last = length.cumsum(0) - 1
+        mask = tree.append(rows, row, slot, slot - place, parent[owner], last, step.longest, cache.get_seq_length())
+        hidden = self.backbone.hidden(input_ids, mask, position_ids, cache)[row, slot]
+
+        if self.config.score == "valid":
+            self._receive(rows, nodes, step.sizes, hidden[last])
+        else:
+            chain_left = self.trie.chain_length[nodes.node][owner] - place - 1
+            following = self.trie.leaf_tokens[start[owner] + place + (chain_left > 0)].long()
+            self._receive(rows, nodes, step.sizes, hidden, _Chains(last, length, following, chain_left > 0))
+
+    def _receive(
+        self, rows: _Rows, nodes: _Nodes, sizes: _Sizes, hidden: torch.Tensor, chains: _Chains | None = None
+    ) -> None:
+        """Score the children of the nodes and put them among the finished items or the open nodes of their rows."""
+        counts = self.entry_count[nodes.node]
+        owner, place = _ragged(counts, sizes.entries)
+        of_leaf = self.is_leaf[nodes.node][owner]
+        entry = torch.where(of_leaf, nodes.node[owner], self.trie.first_child[nodes.node][owner] + place)
+        token = self.trie.first_token[entry].clamp(min=0)
+        score = nodes.score
+        if self.config.score == "valid":
+            logits, _ = self._logits(hidden, owner, token, normalise=False)
+            step_score = _log_softmax_within(logits, counts, owner)
+        elif chains is None:
+            logits, norm = self._logits(hidden, owner, token, normalise=True)
+            step_score = logits - norm[owner]
+        else:
+            everywhere = torch.arange(len(hidden), device=hidden.device)
+            position = torch.cat([everywhere, chains.last[owner]])
+            logits, norm = self._logits(hidden, position, torch.cat([chains.following, token]), normalise=True)
+            chain_score, step_score = (logits - norm[position]).split([len(everywhere), sizes.entries])
+            chain_score = torch.where(chains.is_scored, chain_score, 0.0)
+            score = score + torch.segment_reduce(chain_score, "sum", lengths=chains.length, unsafe=True)
+            step_score = torch.where(of_leaf, 0.0, step_score)
+        key = _keys(score[owner] + step_score, self.trie.first_item[entry])
+
+        row = nodes.row[owner]
+        if rows.allowed_sum is not None:
+            below = rows.allowed_sum[row, self.trie.hi[entry]] - rows.allowed_sum[row, self.trie.lo[entry]]
+            key = torch.where(below > 0, key, _NOTHING)
+        is_finished = of_leaf | self.finished_at_sight[entry]
+        limit = self.config.node_budget if self.config.mode == "exact" else self.config.width
+        rows.add(row, key, entry, nodes.expansion[owner], is_finished, sizes.widest, limit)
+
+    def _logits(
+        self, hidden: torch.Tensor, position: torch.Tensor, token: torch.Tensor, normalise: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 logits / temperature of the queries (position, token) [T], and logsumexp per position [P] if asked.
+
+        Logits [P, V] exist block by block only.
+        """
+        block = max(1, _LOGITS_AT_ONCE // self.backbone.vocabulary)
+        temperature = self.config.temperature
+        picked = torch.zeros(len(token), device=hidden.device)
+        norms = []
+        for begin in range(0, len(hidden), block):
+            logits = self.backbone.logits(hidden[begin : begin + block])
+            if normalise:
+                norms.append(torch.logsumexp(logits.float() / temperature, dim=-1))
+            if len(hidden) <= block:
+                picked = logits[position, token].float() / temperature
+            else:
+                inside = torch.nonzero((position >= begin) & (position < begin + block)).squeeze(1)
+                picked[inside] = logits[position[inside] - begin, token[inside]].float() / temperature
+        return picked, torch.cat(norms) if normalise else picked
+
+
+# ------------------------------------------------------------------------------------------------ what a search holds
+
+
+@dataclass
+class _Sizes:
+    entries: int  # children to score, over all rows
+    widest: int  # the most of any row
+
+
+@dataclass
+class _Step:
+    take: torch.Tensor  # [rows], nodes to expand: the first of each row's open ones
+    rows_alive: int
+    nodes: int
+    tokens: int  # to append, over all rows
+    longest: int  # the most of any row
+    sizes: _Sizes
+
+
+@dataclass
+class _Nodes:
+    """Nodes under expansion, row by row: [N] each."""
+
+    row: torch.Tensor
+    node: torch.Tensor
+    score: torch.Tensor  # float32, up to the first token of the node's chain
+    expansion: torch.Tensor  # ordinal in the appended tree
+
+
+@dataclass
+class _Chains:
+    """Tokens that were appended for nodes, for the `full` score."""
+
+    last: torch.Tensor  # [N], where a node's last token is
+    length: torch.Tensor  # [N]
+    following: torch.Tensor  # [tokens], the next token of the chain
+    is_scored: torch.Tensor  # [tokens], False where the chain ends
+
+
+@dataclass
+class _Rows:
+    """The state of each history. Places are filled with keys, best first: see `_keys`."""
+
+    index: torch.Tensor  # [R], its place in the caller's batch
+    prompt_length: torch.Tensor  # [R]
+    wanted: torch.Tensor  # [R], items that the answer will have
+    finished: torch.Tensor  # [R, K] keys
+    open_key: torch.Tensor  # [R, M]
+    open_node: torch.Tensor  # [R, M]
+    open_parent: torch.Tensor  # [R, M], ordinal of the parent's expansion
+    dropped: torch.Tensor  # [R], the best key that was ever dropped for want of places
+    expansions: torch.Tensor  # [R]
+    allowed_sum: torch.Tensor | None  # int32 [R, items + 1], allowed leaves before each leaf
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def select(self, rows: torch.Tensor) -> _Rows:
+        def selected(field: Field[Any]) -> Any:
+            value = getattr(self, field.name)
+            return None if value is None else value[rows]
+
+        return _Rows(**{field.name: selected(field) for field in fields(self)})
+
+    def last_wanted(self) -> torch.Tensor:
+        """[R], the key that an open node has to beat. Nothing is beaten where nothing is wanted."""
+        key = self.finished.gather(1, (self.wanted - 1).clamp(min=0)[:, None]).squeeze(1)
+        return torch.where(self.wanted > 0, key, torch.iinfo(torch.int64).max)
+
+    def is_exact(self) -> torch.Tensor:
+        return torch.maximum(self.open_key[:, 0], self.dropped) <= self.last_wanted()
+
+    def keep_open(self, places: int) -> None:
+        self.open_key, self.open_node = self.open_key[:, :places], self.open_node[:, :places]
+        self.open_parent = self.open_parent[:, :places]
+
+    def pop(self, step: _Step, tree: _AppendedTree) -> tuple[_Nodes, torch.Tensor]:
+        """Take the chosen nodes out; also the ordinal of each one's parent, [N]."""
+        row, rank = _ragged(step.take, step.nodes)
+        score, _ = _decode(self.open_key[row, rank])
+        expansion = tree.expansions + torch.arange(step.nodes, device=row.device)
+        nodes = _Nodes(row, self.open_node[row, rank], score, expansion)
+        parent = self.open_parent[row, rank]
+        self.open_key = self.open_key.index_put((row, rank), torch.full_like(row, _NOTHING))
+        self.expansions = self.expansions + step.take
+        return nodes, parent
+
+    def add(
+        self,
+        row: torch.Tensor,
+        key: torch.Tensor,
+        node: torch.Tensor,
+        parent: torch.Tensor,
+        is_finished: torch.Tensor,
+        widest: int,
+        limit: int,
+    ) -> None:
+        """Merge entries, given row by row, into the finished items and the at most `limit` open nodes."""
+        place = _place_in_row(row, len(self))
+
+        def spread(values: torch.Tensor, fill: int) -> torch.Tensor:
+            return values.new_full((len(self), widest), fill).index_put_((row, place), values)
+
+        finished = torch.cat([self.finished, spread(torch.where(is_finished, key, _NOTHING), _NOTHING)], 1)
+        self.finished = finished.topk(self.finished.shape[1], dim=1).values
+        keys = torch.cat([self.open_key, spread(torch.where(is_finished, _NOTHING, key), _NOTHING)], 1)
+        keys, order = keys.topk(min(limit + 1, keys.shape[1]), dim=1)
+        if keys.shape[1] > limit:
+            self.dropped = torch.maximum(self.dropped, keys[:, limit])
+        order = order[:, :limit]
+        self.open_key = keys[:, :limit]
+        self.open_node = torch.cat([self.open_node, spread(node, 0)], 1).gather(1, order)
+        self.open_parent = torch.cat([self.open_parent, spread(parent, 0)], 1).gather(1, order)
+
+
+class _AppendedTree:
+    """Which appended cache slots the last token of each expansion sees; expansion 0 is the root, which sees none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.expansions = 1
+        self.slots = 0
+        self.visible = torch.zeros(1, 0, dtype=torch.bool, device=device)
+
+    def append(
+        self,
+        rows: _Rows,
+        row: torch.Tensor,
+        slot: torch.Tensor,
+        first_slot: torch.Tensor,
+        parent: torch.Tensor,
+        last: torch.Tensor,
+        longest: int,
+        filled: int,
+    ) -> torch.Tensor:
+        """Register tokens [T] (their row, slot among the new ones, first slot of their chain, parent's expansion).
+
+        `last` [N] is each chain's last token, `longest` the number of new slots, `filled` the slots before them.
+        Returns bool [rows, 1, longest, filled + longest]: a token sees its prompt, its ancestors and itself; a padding
+        slot sees the prompt.
+        """
+        end = self.slots + longest
+        self._reserve(self.expansions + len(last), end)
+        new = torch.arange(longest, device=row.device)
+        chain = (new >= first_slot[:, None]) & (new <= slot[:, None])
+        sees = torch.cat([self.visible[parent, : self.slots], chain], 1)
+        self.visible[self.expansions : self.expansions + len(last), :end] = sees[last]
+
+        prompt = filled - self.slots
+        mask = torch.zeros(len(rows), longest, filled + longest, dtype=torch.bool, device=row.device)
+        mask[:, :, :prompt] = (torch.arange(prompt, device=row.device) < rows.prompt_length[:, None])[:, None]
+        mask.view(-1, filled + longest)[row * longest + slot, prompt:] = sees
+        self.expansions += len(last)
+        self.slots = end
+        return mask[:, None]
+
+    def _reserve(self, expansions: int, slots: int) -> None:
+        have = self.visible.shape
+        if expansions > have[0] or slots > have[1]:
+            larger = self.visible.new_zeros(
+                2 * expansions if expansions > have[0] else have[0], 2 * slots if slots > have[1] else have[1]
+            )
+            larger[: have[0], : have[1]] = self.visible
+            self.visible = larger
+
+
+class _Answers:
+    """Finished rows, in the caller's order."""
+
+    def __init__(self, rows: _Rows) -> None:
+        self.finished = rows.finished.clone()
+        self.wanted = rows.wanted.clone()
+        self.exact = torch.zeros_like(rows.wanted, dtype=torch.bool)
+        self.expansions = rows.expansions.clone()
+
+    def store(self, rows: _Rows) -> None:
+        self.finished[rows.index] = rows.finished
+        self.exact[rows.index] = rows.is_exact()
+        self.expansions[rows.index] = rows.expansions
+
+    def rankings(self) -> list[Ranking]:
+        scores, items = (part.cpu().numpy() for part in _decode(self.finished))
+        found = torch.minimum((self.finished > _NOTHING).sum(1), self.wanted).tolist()
+        exact, expansions = self.exact.tolist(), self.expansions.tolist()
+        rankings = []
+        for row, count in enumerate(found):
+            if np.isnan(scores[row, :count]).any():
+                raise FloatingPointError("the backbone returned NaN logits")
+            ranked = items[row, :count].astype(np.int32)
+            rankings.append(Ranking(ranked, scores[row, :count].copy(), exact[row], expansions[row]))
+        return rankings
+
+
+# ----------------------------------------------------------------------------------------------------- small tools
+
+
+def _keys(scores: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
+    """int64 keys whose order is: higher score first, then lower item index.
+
+    For a node, `items` is the smallest item under it, so that its key bounds the key of every item below it. The upper
+    half is the float32's bits, flipped below zero so that they order as integers; + 0.0 makes one of the two zeros.
+    """
+    bits = (scores + 0.0).view(torch.int32).long()
+    return ((bits ^ ((bits >> 63) & _LOW)) << 32) | (_LOW - items)
+
+
+def _decode(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float32 scores and the items of keys."""
+    bits = keys >> 32
+    return (bits ^ ((bits >> 63) & _LOW)).to(torch.int32).view(torch.float32), _LOW - (keys & _LOW)
+
+
+def _ragged(counts: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For ranges of `counts` elements laid end to end (`total` in all): the range and the place in it of each."""
+    owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=total)
+    before = counts.cumsum(0) - counts
+    return owner, torch.arange(total, device=counts.device) - before[owner]
+
+
+def _place_in_row(row: torch.Tensor, rows: int) -> torch.Tensor:
+    """For entries sorted by row: the place of each among its row's."""
+    first = torch.searchsorted(row, torch.arange(rows, device=row.device))
+    return torch.arange(len(row), device=row.device) - first[row]
+
+
+def _log_softmax_within(logits: torch.Tensor, counts: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+    """Log-softmax of float32 `logits` [T] within consecutive groups of `counts` [N]; never above 0."""
+    shifted = logits - torch.segment_reduce(logits, "max", lengths=counts, unsafe=True)[owner]
+    total = torch.segment_reduce(shifted.exp().double(), "sum", lengths=counts, unsafe=True)
+    return shifted - total.log().float()[owner]

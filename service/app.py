@@ -1,0 +1,163 @@
+"""The endpoint on Ray Serve: one deployment whose replicas hold the recommender and the HTTP interface."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from pydantic import Field
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from recommender.bundle import read_manifest
+from recommender.config import StrictModel
+from recommender.errors import UserError
+from service.config import ServingConfig
+
+# Held by a replica at a time, those that wait for a search included: enough for full batches, and /health gets through.
+MAX_ONGOING_REQUESTS = 1000
+
+_PROXY_PATIENCE = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+_QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+class Arguments(StrictModel):
+    """What a Serve config file passes in `args`."""
+
+    bundle: str = Field(description="Directory of the bundle; every node that runs a replica must see it there.")
+    serving: ServingConfig = Field(
+        ServingConfig(), description="Limits and batching; host and port are Serve's own `http_options` there."
+    )
+
+
+@serve.ingress()
+class Endpoint:
+    """A replica: loads the bundle, answers one query as a self-check, then serves."""
+
+    def __init__(self, bundle: str, serving: ServingConfig):
+        from recommender.recommender import Recommender
+
+        self.serving = serving
+        self.recommender = Recommender.load(bundle, search=serving.search)
+        self.recommender.recommend([[0]], 1)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from service.api import create_api
+
+        return create_api(self.recommender, self.serving)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The Serve application; a Serve config file names it as `import_path: service.app:build`.
+
+    Args:
+        args: the fields of `Arguments`.
+
+    Raises:
+        UserError: the bundle is missing, damaged or of another version.
+    """
+    arguments = Arguments.model_validate(args)
+    bundle = Path(arguments.bundle).expanduser().absolute()
+    read_manifest(bundle)
+    serving = arguments.serving
+    deployment = serve.deployment(
+        num_replicas=serving.replicas,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        ray_actor_options={"num_cpus": serving.threads},
+    )
+    return deployment(Endpoint).bind(str(bundle), serving)
+
+
+def run(bundle: str | Path, config: ServingConfig, blocking: bool) -> None:
+    """Serve a bundle on the Ray cluster at RAY_ADDRESS, or on a Ray of its own.
+
+    Args:
+        bundle: the directory that `ilrec train` wrote.
+        config: the endpoint.
+        blocking: serve until Ctrl-C, then shut down; else return as soon as requests are answered, and leave the
+            shutting down (`ray.serve.shutdown()`) to the caller.
+
+    Raises:
+        UserError: the bundle cannot be served, the port is taken, or Serve runs on this cluster already.
+    """
+    application = build({"bundle": str(bundle), "serving": config})
+    started_ray = _connect()
+    try:
+        _start(config)
+        _deploy(application, bundle)
+        url = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
+        print(_greeting(url), flush=True)
+        if not blocking:
+            return
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        print("shutting down", flush=True)
+    except BaseException:
+        blocking = True  # nothing is left running
+        raise
+    finally:
+        if blocking:
+            serve.shutdown()
+            if started_ray:
+                ray.shutdown()
+
+
+def _connect() -> bool:
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+    else:
+        ray.init(logging_level=logging.WARNING, address="local", include_dashboard=False)
+    return True
+
+
+def _start(config: ServingConfig) -> None:
+    if serve.status().proxies:
+        raise UserError(
+            "Ray Serve runs on this cluster already: deploy to it with `serve deploy` (deploy/serve.yaml shows how), "
+            "or end it with `serve shutdown`"
+        )
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise UserError(
+                f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another port or host"
+            ) from error
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    # A proxy on busy cores misses the default of 5 s, is killed and started again, for ever. The controller reads it.
+    patience = {_PROXY_PATIENCE: os.environ.get(_PROXY_PATIENCE, "30")}
+    serve.start(
+        http_options={"host": config.host, "port": config.port},
+        logging_config=_QUIET,
+        controller_options={"runtime_env": {"env_vars": patience}},
+    )
+
+
+def _deploy(application: serve.Application, bundle: str | Path) -> None:
+    try:
+        serve.run(application, logging_config=_QUIET)
+    except RuntimeError as error:
+        # Serve hands the replica's traceback over as text.
+        raised = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception)): (.+)$", str(error), re.MULTILINE)
+        kind, message = raised[-1] if raised else ("", str(error))
+        raise UserError(message if kind == "UserError" else f"{bundle}: cannot be served: {kind}: {message}") from error
+
+
+def _greeting(url: str) -> str:
+    return f"""ready: {url}  (documentation: {url}/docs)
+
+curl -s {url}/v1/recommendations -H 'content-type: application/json' \\
+     -d '{{"history": ["<item id or title>"], "k": 5}}'
+"""

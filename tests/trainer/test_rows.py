@@ -1,0 +1,124 @@
+"""Rows that share prefixes give the loss and the gradients of one sample a row, under both history rules."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from objectives.config import ILRecConfig, LMLConfig, MSLConfig, ObjectiveConfig
+from objectives.objective import build_objective
+from recommender.backbone import load_backbone, train_tokenizer
+from recommender.catalogue import Catalogue
+from recommender.config import IdentifierConfig, PresetBackbone, PromptConfig
+from recommender.items import ItemSpace
+from recommender.tree import Row, Sample, build_row, collate
+from trainer.config import TrainingConfig
+from trainer.module import TrainedModel
+from trainer.rows import TrainingRows, window_starts
+
+HISTORY, STRIDE = 6, 3
+TITLES = [
+    f"{colour} {thing}" for colour in ("Red", "Blue", "Green") for thing in ("Tent", "Lamp", "Tea Pot", "Tea Cup")
+]
+PROMPTS = {
+    "compact": PromptConfig(history=HISTORY),
+    "spelled out": PromptConfig(prefix="Bought:", separator=", ", suffix=". Next:", history=HISTORY),
+}
+
+
+def _dataset() -> SimpleNamespace:
+    rng = np.random.default_rng(0)
+    lengths = [2, 5, 9, 17]
+    positions = [np.arange(1, n) for n in lengths]
+    targets = SimpleNamespace(
+        sequence=np.repeat(np.arange(4), [n - 1 for n in lengths]).astype(np.int32),
+        position=np.concatenate(positions).astype(np.int32),
+    )
+    items = rng.integers(0, len(TITLES), sum(lengths)).astype(np.int32)
+    return SimpleNamespace(
+        flat_items=items, offsets=np.concatenate([[0], np.cumsum(lengths)]), targets={"train": targets}
+    )
+
+
+def _space(prompt: PromptConfig) -> ItemSpace:
+    catalogue = Catalogue([str(i) for i in range(len(TITLES))], TITLES)
+    return ItemSpace.build(catalogue, train_tokenizer(TITLES, 300), IdentifierConfig(), prompt)
+
+
+def _start(position: int, rule: str) -> int:
+    """The history rule, once more and slowly: the first window start that leaves at most H items."""
+    if rule == "sliding":
+        return max(0, position - HISTORY)
+    return next(start for start in range(0, position + 1, STRIDE) if position - start <= HISTORY)
+
+
+@pytest.mark.parametrize("rule", ["sliding", "anchored"])
+def test_window_starts(rule: str) -> None:
+    positions = np.arange(1, 40)
+    expected = [_start(int(p), rule) for p in positions]
+    assert window_starts(positions, HISTORY, rule, STRIDE).tolist() == expected
+
+
+@pytest.mark.parametrize("rule", ["sliding", "anchored"])
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+@pytest.mark.parametrize(
+    "objective",
+    [LMLConfig(), MSLConfig(temperature=2.0), ILRecConfig(vocabulary="valid", k=2), ILRecConfig(k=1)],
+    ids=["lml", "msl", "ilrec-valid", "ilrec"],
+)
+def test_trees_equal_one_sample_a_row(rule: str, prompt: PromptConfig, objective: ObjectiveConfig) -> None:
+    dataset, space = _dataset(), _space(prompt)
+    loss_of = build_objective(objective, num_layers=4)
+    training = TrainingConfig(windows=rule, stride=STRIDE)
+    trees = TrainingRows(dataset, space, training, loss_of.branching_only)
+
+    nodes, offsets = space.trie.prediction_nodes(), space.identifiers.offsets
+    alone: list[Row] = []
+    train = dataset.targets["train"]
+    for sequence, position in zip(train.sequence, train.position, strict=True):
+        items = dataset.flat_items[dataset.offsets[sequence] :]
+        history, target = items[_start(int(position), rule) : position], items[position]
+        sample = Sample(
+            space.prompt.encode(history),
+            space.identifiers.spelled(target),
+            nodes[offsets[target] : offsets[target + 1]],
+        )
+        alone.append(build_row([sample]))
+
+    assert trees.targets == len(alone)
+    assert trees.lengths.sum() < (0.6 if rule == "anchored" else 0.75) * sum(map(len, alone))
+    results = []
+    for rows in (trees.rows, alone):
+        backbone = load_backbone(PresetBackbone(), space.tokenizer, seed=3)
+        module = TrainedModel(backbone, loss_of, space.trie.to("cpu"))
+        total = 0.0
+        for begin in range(0, len(rows), 5):
+            batch = collate(rows[begin : begin + 5], backbone.padding, loss_of.branching_only)
+            loss = module(batch, chunks=1 + begin % 3)
+            loss.backward()
+            total += loss.item()
+        results.append((total, {name: p.grad for name, p in module.named_parameters()}))
+    (tree_loss, tree_gradients), (loss, gradients) = results
+    assert tree_loss == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(tree_gradients[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_held_out_targets_are_in_no_row() -> None:
+    dataset, space = _dataset(), _space(PROMPTS["compact"])
+    train = dataset.targets["train"]
+    keep = train.position < np.diff(dataset.offsets)[train.sequence] - 2
+    dataset.targets["train"] = SimpleNamespace(sequence=train.sequence[keep], position=train.position[keep])
+    rows = TrainingRows(dataset, space, TrainingConfig(), branching_only=False).rows
+    held_out = [dataset.flat_items[end - 2 : end] for end in dataset.offsets[1:]]
+    dataset.flat_items = dataset.flat_items.copy()
+    for end in dataset.offsets[1:]:
+        dataset.flat_items[end - 2 : end] = 0
+    changed = TrainingRows(dataset, space, TrainingConfig(), branching_only=False).rows
+    assert any((pair != 0).any() for pair in held_out)
+    assert all(
+        (a.tokens == b.tokens).all() and (a.target == b.target).all() for a, b in zip(rows, changed, strict=True)
+    )

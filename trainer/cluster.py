@@ -1,0 +1,26 @@
+"""The connection to Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+
+def connect() -> None:
+    """Join the Ray cluster at RAY_ADDRESS, or start one on this machine; nothing is done when connected already.
+
+    No usage statistics are sent. Workers' output stays in Ray's own logs: progress comes through the run's log, and
+    errors through exceptions.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how long a report waits for the controller
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "address": "local"}
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)

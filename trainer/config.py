@@ -1,0 +1,67 @@
+"""Configuration of training, its cluster and evaluation. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from recommender.config import StrictModel
+
+
+class TrainingConfig(StrictModel):
+    """The optimisation."""
+
+    epochs: int = Field(5, ge=1, description="Passes over the training targets.")
+    windows: Literal["sliding", "anchored"] = Field(
+        "anchored",
+        description="History rule. sliding: each target sees just the last `prompt.history` items (the papers' rule). "
+        "anchored: windows start every `stride` items and each later item of a window is a target of it; rows share "
+        "far more.",
+    )
+    stride: int | None = Field(
+        None, ge=1, description="anchored: items between window starts; default half the history."
+    )
+    batch_tokens: int = Field(
+        8192, ge=1, description="Tokens of one optimiser step over all workers and micro-batches, padding aside."
+    )
+    accumulation: int = Field(1, ge=1, description="Micro-batches a worker runs for one optimiser step.")
+    logits_memory_mb: int = Field(
+        256, ge=1, description="Most memory for one chunk of logits; above it the prediction layer runs in chunks."
+    )
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the rate rises.")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 = off.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on embeddings and on each block's outputs.")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about 1.3x the time.")
+    seed: int = 0
+    checkpoint_every: int | None = Field(None, ge=1, description="Optimiser steps between checkpoints, besides epochs.")
+    patience: int = Field(2, ge=1, description="Stop after this many epochs without a better validation NDCG@10.")
+
+
+class ClusterConfig(StrictModel):
+    """What Ray provides."""
+
+    workers: int = Field(2, ge=1, description="Ray Train workers (data-parallel ranks).")
+    gpus_per_worker: float = Field(0, ge=0, description="0 = CPU.")
+    cpus_per_worker: float = Field(1, gt=0)
+    storage: str = Field("runs", description="Where runs live: a directory, or a URL that pyarrow can write (s3://…).")
+    max_failures: int = Field(2, ge=0, description="Restarts from the latest checkpoint after a worker is lost.")
+
+
+class EvaluationConfig(StrictModel):
+    """Ranking metrics on held-out targets."""
+
+    cutoffs: tuple[int, ...] = Field((1, 5, 10, 20), description="K of HR@K and NDCG@K.")
+    validation_targets: int | None = Field(
+        2000, ge=1, description="Most validation targets ranked after each epoch (a seeded sample); null = all."
+    )
+    test_targets: int | None = Field(None, ge=1, description="Most test targets (a seeded sample); null = all.")
+    exclude_seen: bool = Field(False, description="Never rank items of the history (right where nothing repeats).")
+    batch: int = Field(64, ge=1, description="Histories searched at once.")
+    bootstrap: int = Field(1000, ge=100, description="Resamples behind the 95 % intervals.")

@@ -1,0 +1,1 @@
+"""From files to a prepared dataset: read, clean, order, split, write."""

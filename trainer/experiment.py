@@ -1,0 +1,150 @@
+"""The experiment: one YAML file that holds everything a run needs. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from objectives.config import ILRecConfig, ObjectiveConfig
+from recommender.config import BackboneConfig, IdentifierConfig, PresetBackbone, PromptConfig, SearchConfig, StrictModel
+from recommender.errors import UserError
+from service.config import ServingConfig
+from trainer.config import ClusterConfig, EvaluationConfig, TrainingConfig
+from trainer.data.config import DataConfig
+from trainer.simulator_config import WorldConfig
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+
+
+class Experiment(StrictModel):
+    """One experiment: data, model, objective, training, evaluation, serving."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Names the run: <storage>/<name>.")
+    world: WorldConfig | None = Field(None, description="Simulate this world first and use it as data.")
+    data: DataConfig | None = Field(None, description="Interactions and items. Left out only where `world` is given.")
+    identifier: IdentifierConfig = IdentifierConfig()
+    prompt: PromptConfig = PromptConfig()
+    backbone: BackboneConfig = PresetBackbone()
+    init_from: str | None = Field(None, description="A bundle whose weights training starts from.")
+    objective: ObjectiveConfig = ILRecConfig(vocabulary="valid")
+    training: TrainingConfig = TrainingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    search: SearchConfig = SearchConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    serving: ServingConfig = ServingConfig()
+
+    @model_validator(mode="after")
+    def _has_data(self) -> Experiment:
+        if (self.world is None) == (self.data is None):
+            raise ValueError("give either `data` (your files) or `world` (a simulated one)")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything of this experiment lies (local storage)."""
+        return Path(self.cluster.storage).expanduser().absolute() / self.name
+
+
+def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read an experiment, expand `${VAR}` and `${VAR:-default}`, apply `section.field=value` overrides, validate.
+
+    Raises:
+        UserError: names the file, the field and the remedy.
+    """
+    source = Path(path)
+    try:
+        text = source.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{source}: cannot be read: {error}") from None
+    try:
+        values = yaml.safe_load(_VARIABLE.sub(lambda match: _variable(match, source), text))
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: holds no experiment; it should open with `name: …`")
+    return _validated(Experiment, values, overrides, str(source))
+
+
+def load_world(overrides: Sequence[str]) -> WorldConfig:
+    """The default world with `field=value` overrides."""
+    return _validated(WorldConfig, {}, overrides, "world")
+
+
+def _validated(model: type[Model], values: dict[str, Any], overrides: Sequence[str], source: str) -> Model:
+    for override in overrides:
+        _override(values, override)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = "\n".join(_explain(item, model) for item in error.errors())
+        raise UserError(f"{source}:\n{lines}") from None
+
+
+def _variable(match: re.Match[str], source: Path) -> str:
+    name, default = match.groups()
+    value = os.environ.get(name, default)
+    if value is None:
+        raise UserError(f"{source}: the environment variable {name} is not set; set it, or write ${{{name}:-default}}")
+    return value
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, equals, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError(f"--set {override}: write it as section.field=value, e.g. --set training.epochs=3")
+    for key in keys[:-1]:
+        if not isinstance(values.get(key), dict):
+            values[key] = {}
+        values = values[key]
+    try:
+        values[keys[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {value!r} is not a YAML value") from None
+
+
+def _explain(error: Any, model: type[BaseModel]) -> str:
+    """One line for a validation error: the field, what is wrong and, for a misspelt key, what may have been meant."""
+    path = [str(part) for part in error["loc"]]
+    field = ".".join(path)
+    if error["type"] != "extra_forbidden":
+        return (
+            f"  {field or 'experiment'}: {error['msg'].removeprefix('Value error, ')} (given: {_shown(error['input'])})"
+        )
+    known = _fields(model, path[:-1])
+    close = difflib.get_close_matches(path[-1], known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(known))}"
+    return f"  {field}: unknown field; {hint}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _fields(root: type[BaseModel], path: list[str]) -> list[str]:
+    """Fields of the model that `path` leads to; of all members where a union stands."""
+    models = [root]
+    for part in path:
+        found = [
+            m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
+        ]
+        models = found or models  # a union's tag is no field: stay
+    return [name for model in models for name in model.model_fields]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]

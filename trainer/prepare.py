@@ -1,0 +1,74 @@
+"""From files to what training reads: a dataset, and the item space that spells its catalogue."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from recommender.backbone import load_tokenizer
+from recommender.catalogue import Catalogue
+from recommender.items import ItemSpace
+from trainer.data.config import DataConfig, InteractionsData
+from trainer.data.dataset import Dataset, prepare_dataset
+from trainer.experiment import Experiment
+from trainer.simulator import simulate
+
+Say = Callable[[str], None]
+
+
+def prepare(experiment: Experiment, say: Say = print) -> Path:
+    """Simulate if asked to, read and split the data, spell the catalogue.
+
+    Returns:
+        `<run>/prepared`, with `dataset/` and `items/`. Each is complete or absent.
+    """
+    prepared = experiment.run_dir / "prepared"
+    prepared.mkdir(parents=True, exist_ok=True)
+    dataset = prepare_dataset(source_of(experiment, say), prepared / "dataset", progress=say)
+    space = item_space(experiment, dataset)
+    dataset.add_stats(spelling_stats(space))
+    aside = Path(tempfile.mkdtemp(prefix=".items-", dir=prepared))
+    space.save(aside)
+    shutil.rmtree(prepared / "items", ignore_errors=True)
+    os.replace(aside, prepared / "items")
+    say(f"spelled {len(space.catalogue)} items in {np.diff(space.identifiers.offsets).mean():.1f} tokens each")
+    return prepared
+
+
+def source_of(experiment: Experiment, say: Say) -> DataConfig:
+    """The experiment's data; a simulated world is generated first, unless it is there already."""
+    if experiment.data is not None:
+        return experiment.data
+    assert experiment.world is not None
+    world = experiment.run_dir / "world"
+    simulate(experiment.world, world, say)
+    return InteractionsData(
+        format="interactions", interactions=str(world / "interactions.csv.gz"), items=str(world / "items.jsonl.gz")
+    )
+
+
+def item_space(experiment: Experiment, dataset: Dataset) -> ItemSpace:
+    """Spell the dataset's catalogue with the tokenizer of the backbone, or of the bundle that training starts from."""
+    catalogue = Catalogue(dataset.item_ids, dataset.titles, dataset.items_table)
+    if experiment.init_from is not None:
+        tokenizer = ItemSpace.load(Path(experiment.init_from).expanduser()).tokenizer
+    else:
+        tokenizer = load_tokenizer(experiment.backbone, catalogue.titles)
+    return ItemSpace.build(catalogue, tokenizer, experiment.identifier, experiment.prompt)
+
+
+def spelling_stats(space: ItemSpace) -> dict[str, float]:
+    """Tokens per item, and the average number of valid tokens per response position (MSL, Table 4), over all items."""
+    nodes = space.trie.prediction_nodes()
+    valid = np.where(nodes >= 0, space.trie.child_count[nodes], 1)
+    return {
+        "tokens_per_item": float(np.diff(space.identifiers.offsets).mean()),
+        "valid_tokens_per_position": float(valid.mean()),
+        "branching_positions": float((nodes >= 0).mean()),
+        "root_children": int(space.trie.child_count[0]),
+    }

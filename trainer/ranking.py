@@ -1,0 +1,94 @@
+"""Ranks of held-out targets under a recommender's search: what every evaluation counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from recommender.recommender import Recommender
+from trainer.data.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out targets with their histories.
+
+    Attributes:
+        numbers: int64 [M]; rows of the split in the dataset.
+        histories: item indices before each target, oldest first, all of them.
+        targets: int64 [M]; item indices.
+    """
+
+    numbers: np.ndarray
+    histories: list[np.ndarray]
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def take(self, at: np.ndarray) -> HeldOut:
+        return HeldOut(self.numbers[at], [self.histories[i] for i in at], self.targets[at])
+
+
+def held_out(dataset: Dataset, split: str, limit: int | None = None, seed: int = 0) -> HeldOut:
+    """The targets of a split, or a seeded sample of `limit` of them."""
+    targets = dataset.targets[split]
+    numbers = np.arange(len(targets.position))
+    if limit is not None and limit < len(numbers):
+        numbers = np.sort(np.random.default_rng(seed).choice(numbers, limit, replace=False))
+    begin = dataset.offsets[targets.sequence[numbers]]
+    end = begin + targets.position[numbers]
+    histories = [dataset.flat_items[a:b] for a, b in zip(begin, end, strict=True)]
+    return HeldOut(numbers, histories, dataset.flat_items[end].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What the search answered for M targets.
+
+    Attributes:
+        ranks: int64 [M]; rank of the target, 0 where it is not among the K.
+        exact: bool [M]; whether the list is proven to be the true top-K.
+        expansions: int64 [M]; trie nodes expanded.
+        invalid: number of listed items that are not in the catalogue, twice in a list, or excluded.
+    """
+
+    ranks: np.ndarray
+    exact: np.ndarray
+    expansions: np.ndarray
+    invalid: int
+
+
+def ranks_of(
+    recommender: Recommender,
+    split: HeldOut,
+    k: int,
+    exclude_seen: bool,
+    batch: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Ranking:
+    """Search the top-K for every history and look the targets up.
+
+    Histories of similar length are searched together, so that little is padding.
+    """
+    ranks = np.zeros(len(split), np.int64)
+    exact = np.zeros(len(split), bool)
+    expansions = np.zeros(len(split), np.int64)
+    invalid = 0
+    order = np.argsort([-len(h) for h in split.histories], kind="stable")
+    for begin in range(0, len(order), batch):
+        at = order[begin : begin + batch]
+        seen = [set(split.histories[i].tolist()) if exclude_seen else set() for i in at]
+        answers = recommender.recommend([split.histories[i] for i in at], k, seen if exclude_seen else None)
+        for i, answer, excluded in zip(at, answers, seen, strict=True):
+            target = split.targets[i]
+            ranks[i] = answer.items.index(target) + 1 if target in answer.items else 0
+            exact[i] = answer.exact
+            expansions[i] = answer.expansions
+            listed = set(answer.items)
+            outside = sum(not 0 <= item < len(recommender.catalogue) for item in listed)
+            invalid += len(answer.items) - len(listed) + outside + len(listed & excluded)
+        progress(min(begin + batch, len(order)))
+    return Ranking(ranks, exact, expansions, invalid)

@@ -1,0 +1,286 @@
+"""The training loop that every Ray Train worker runs, top to bottom.
+
+All ranks make the same sequence of collective calls: the same number of micro-batches, of head chunks, of reports.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from objectives.objective import build_objective
+from recommender.backbone import Backbone, load_backbone
+from recommender.bundle import Manifest
+from recommender.errors import UserError
+from recommender.items import ItemSpace
+from recommender.metrics import metric_values
+from recommender.probe import check_tree
+from recommender.recommender import Recommender, starting_point
+from recommender.tree import Batch, Row, collate
+from trainer import checkpoint
+from trainer.config import TrainingConfig
+from trainer.data.dataset import Dataset
+from trainer.engine import build_engine, copy_weights, loss_scale, set_learning_rate
+from trainer.experiment import Experiment
+from trainer.module import TrainedModel, chunk_count, dtype_of
+from trainer.plan import BatchPlan, Step
+from trainer.ranking import held_out, ranks_of
+from trainer.rows import TrainingRows
+
+SELECTION = "validation_NDCG@10"
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """Train until the last epoch, or until validation NDCG@10 has not risen for `patience` epochs.
+
+    Args:
+        config: `experiment` (JSON), `prepared` (the directory that `prepare` wrote), `log` (a file for progress).
+
+    Returns:
+        `error`: what the user has to mend, or None. Such a mistake is the same on every rank, and a restart would only
+        repeat it; so it is returned, and not raised for Ray to try again.
+    """
+    try:
+        _train(Experiment.model_validate_json(config["experiment"]), Path(config["prepared"]), Path(config["log"]))
+    except (UserError, FloatingPointError) as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
+def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
+    training = experiment.training
+    rank, world = dist.get_rank(), dist.get_world_size()
+    device = ray.train.torch.get_device()
+    say = Progress(log, rank)
+    dataset, space = Dataset.load(prepared / "dataset"), ItemSpace.load(prepared / "items")
+
+    backbone = starting_backbone(experiment, space)
+    objective = build_objective(experiment.objective, backbone.num_layers)
+    rows = TrainingRows(dataset, space, training, objective.branching_only)
+    check_tree(backbone, int(rows.lengths.max()))
+    if training.gradient_checkpointing:
+        backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    module = TrainedModel(backbone, objective, space.trie.to(device), training.dropout).to(device)
+    engine = build_engine(module, training)
+    plan = BatchPlan(rows.lengths, rows.counted, training.batch_tokens, training.seed)
+    total_steps = plan.steps_per_epoch * training.epochs
+    say(
+        f"{rows.targets} targets in {len(rows)} rows, {rows.lengths.sum()} tokens an epoch; "
+        f"{plan.steps_per_epoch} steps an epoch on {world} workers, longest row {rows.lengths.max()} tokens"
+    )
+
+    state: dict[str, Any] = {"step": 0, "best": -1.0, "stale": 0, "epochs": []}
+    resumed = ray.train.get_checkpoint()
+    if resumed is not None:
+        with resumed.as_directory() as directory:
+            state = checkpoint.load(engine, Path(directory))
+        say(f"resumed at step {state['step']} of {total_steps}")
+
+    started, first_step = time.monotonic(), state["step"]
+    while state["step"] < total_steps and state["stale"] < training.patience:
+        epoch = state["step"] // plan.steps_per_epoch
+        steps = heaviest_first(plan.epoch(epoch), rows.lengths) if epoch == 0 else plan.epoch(epoch)
+        meter = Meter(say, training.epochs, plan.steps_per_epoch, total_steps, first_step, started)
+        for step in steps[state["step"] % plan.steps_per_epoch :]:
+            torch.manual_seed((training.seed * 1_000_003 + state["step"]) * 1024 + rank)  # dropout, also after a resume
+            set_learning_rate(engine, learning_rate(training, state["step"], total_steps))
+            sums = optimiser_step(engine, module, step, rows, objective.branching_only, experiment, device)
+            if not math.isfinite(sums["loss"]):
+                raise_non_finite(state["step"], step, sums)
+            state["step"] += 1
+            meter.update(state["step"], step, int(rows.lengths[step.rows].sum()), sums)
+            inside = state["step"] % plan.steps_per_epoch
+            if training.checkpoint_every and inside and inside % training.checkpoint_every == 0:
+                # Worse than any validated checkpoint: it is only kept while it is the latest.
+                report(engine, state, {"epoch": epoch, "step": state["step"], SELECTION: -1.0})
+        metrics = validate(engine, experiment, space, dataset)
+        improved = metrics[SELECTION] > state["best"]
+        state["best"] = max(state["best"], metrics[SELECTION])
+        state["stale"] = 0 if improved else state["stale"] + 1
+        summary = {"epoch": epoch + 1, "step": state["step"], **meter.epoch_means(), **metrics}
+        state["epochs"] = [*state["epochs"], summary]
+        say(
+            f"epoch {epoch + 1}/{training.epochs}: loss {summary['loss']:.4f} in {summary['train_seconds']:.0f} s, "
+            f"validation NDCG@10 {metrics[SELECTION]:.4f} in {metrics['validation_seconds']:.0f} s"
+            + (" (best so far)" if improved else "")
+        )
+        report(engine, state, {**summary, "history": json.dumps(state["epochs"])})
+
+
+def starting_backbone(experiment: Experiment, space: ItemSpace) -> Backbone:
+    """The backbone before its first step: of `init_from`'s bundle, or as `backbone` says. Equal on all ranks."""
+    dtype = dtype_of(experiment.training.precision)
+    if experiment.init_from is None:
+        return load_backbone(experiment.backbone, space.tokenizer, dtype, experiment.training.seed)
+    return starting_point(experiment.init_from, experiment.backbone.lora, dtype)
+
+
+def heaviest_first(steps: list[Step], lengths: np.ndarray) -> list[Step]:
+    """The preflight: the step with the longest row opens the run, so that what does not fit fails at once."""
+    heaviest = max(range(len(steps)), key=lambda i: int(lengths[steps[i].rows].max()))
+    return [steps[heaviest], *steps[:heaviest], *steps[heaviest + 1 :]]
+
+
+def learning_rate(training: TrainingConfig, step: int, total: int) -> float:
+    """The rate of optimiser step `step` (0-based): linear warm-up, then the schedule down to 0."""
+    warmup = round(training.warmup * total)
+    if step < warmup:
+        return training.learning_rate * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    factor = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return training.learning_rate * factor[training.schedule]
+
+
+def optimiser_step(
+    engine: Any,
+    module: TrainedModel,
+    step: Step,
+    rows: TrainingRows,
+    branching_only: bool,
+    experiment: Experiment,
+    device: torch.device,
+) -> dict[str, float]:
+    """Run one step of the plan: every micro-batch forward and backward, then the update.
+
+    The loss is Σ over counted positions of the global batch / their number; each micro-batch contributes its own share
+    of that, scaled by what DeepSpeed divides by.
+
+    Returns:
+        Means over the global batch of everything that the objective reports. Where the loss is not finite, the weights
+        have not been touched.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    engine.train()
+    totals: torch.Tensor | None = None
+    micro_batches = step.micro_batches(world, experiment.training.accumulation)
+    for number, ranks in enumerate(micro_batches):
+        predictions = max(int(rows.counted[r].sum()) for r in ranks)  # of the busiest rank: all use its chunk count
+        layers = len(module.objective.layers)
+        chunks = chunk_count(predictions, module.backbone.vocabulary, layers, experiment.training.logits_memory_mb)
+        batch = micro_batch(rows, ranks[rank], module.backbone.padding, branching_only).to(device)
+        loss = engine(batch, chunks)
+        engine.backward(loss * (loss_scale(engine) / max(step.counted, 1)))
+        values = torch.stack([module.sums[name].double() for name in sorted(module.sums)])
+        totals = values if totals is None else totals + values
+        if number == len(micro_batches) - 1:
+            assert totals is not None
+            dist.all_reduce(totals)
+            if not torch.isfinite(totals).all():
+                break
+        engine.step()
+    assert totals is not None
+    means = (totals / max(step.counted, 1)).tolist()
+    return dict(zip(sorted(module.sums), means, strict=True))
+
+
+def micro_batch(rows: TrainingRows, numbers: np.ndarray, padding: int, branching_only: bool) -> Batch:
+    """Collate rows; a rank without any runs the shortest row with nothing to predict, to stay in step."""
+    if len(numbers):
+        return collate([rows.rows[number] for number in numbers], padding, branching_only)
+    row = rows.rows[int(rows.lengths.argmin())]
+    nothing = np.empty(0, np.int32)
+    return collate([Row(row.tokens, row.end, row.depth, nothing, nothing, nothing)], padding)
+
+
+def validate(engine: Any, experiment: Experiment, space: ItemSpace, dataset: Dataset) -> dict[str, float]:
+    """HR@10 and NDCG@10 on the validation targets, each rank searching its share on unsharded weights."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    started = time.monotonic()
+    backbone = unsharded(engine, experiment, space)
+    recommender = Recommender(space, backbone, Manifest(name=experiment.name, search=experiment.search))
+    evaluation = experiment.evaluation
+    split = held_out(dataset, "validation", evaluation.validation_targets)
+    mine = np.arange(rank, len(split), world)
+    ranking = ranks_of(recommender, split.take(mine), 10, evaluation.exclude_seen, evaluation.batch)
+    values = metric_values(ranking.ranks, [10])
+    totals = torch.tensor(
+        [len(mine), ranking.exact.sum(), *(v.sum() for v in values.values())], dtype=torch.float64
+    ).to(engine.device)
+    dist.all_reduce(totals)
+    count, exact, *sums = totals.tolist()
+    metrics = {f"validation_{name}": total / count for name, total in zip(values, sums, strict=True)}
+    return metrics | {"validation_exact": exact / count, "validation_seconds": time.monotonic() - started}
+
+
+def unsharded(engine: Any, experiment: Experiment, space: ItemSpace) -> Backbone:
+    """A backbone with whole weights for search: the trained module itself, or under ZeRO-3 a copy gathered by name."""
+    module: TrainedModel = engine.module
+    if engine.zero_optimization_stage() < 3:
+        return module.backbone
+    replica = TrainedModel(starting_backbone(experiment, space), module.objective, module.trie)
+    copy_weights(engine, replica)
+    replica.to(engine.device)
+    return replica.backbone
+
+
+def report(engine: Any, state: dict[str, Any], metrics: dict[str, Any]) -> None:
+    """Save a checkpoint, each rank its share, and report it with the metrics. Collective."""
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint.save(engine, Path(directory), state)
+        saved = ray.train.Checkpoint.from_directory(directory)
+        ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=f"step-{state['step']:08d}")
+
+
+def raise_non_finite(number: int, step: Step, sums: dict[str, float]) -> None:
+    """The policy for a loss that is not finite: stop before the weights are touched."""
+    raise FloatingPointError(
+        f"the loss of step {number} is not finite: {sums} (rows {step.rows[:5].tolist()}…). The weights were not "
+        "updated and the latest checkpoint is good. Lower training.learning_rate or objective strengths, or use "
+        "training.precision: float32; then run the same command again to resume."
+    )
+
+
+class Progress:
+    """Lines of progress from rank 0: into the run's log, which the driver shows, and to the worker's own output."""
+
+    def __init__(self, log: Path, rank: int):
+        self._log = log if rank == 0 else None
+
+    def __call__(self, text: str) -> None:
+        if self._log is not None:
+            print(text, flush=True)
+            with self._log.open("a") as file:
+                file.write(text + "\n")
+
+
+class Meter:
+    """Throughput, loss and time left, said every few seconds, and an epoch's means."""
+
+    EVERY = float(os.environ.get("ILREC_PROGRESS_SECONDS", "10"))
+
+    def __init__(self, say: Progress, epochs: int, per_epoch: int, total: int, first: int, started: float):
+        self._say, self._epochs = say, epochs
+        self._per_epoch, self._total, self._first, self._started = per_epoch, total, first, started
+        self._begin = self._said = time.monotonic()
+        self._tokens = self._counted = 0
+        self._sums: dict[str, float] = {}
+
+    def update(self, done: int, step: Step, tokens: int, means: dict[str, float]) -> None:
+        self._tokens += tokens
+        self._counted += step.counted
+        for name, mean in means.items():
+            self._sums[name] = self._sums.get(name, 0.0) + mean * step.counted
+        now = time.monotonic()
+        if now - self._said >= self.EVERY:
+            self._said = now
+            left = (now - self._started) / max(done - self._first, 1) * (self._total - done) / 60
+            self._say(
+                f"epoch {(done - 1) // self._per_epoch + 1}/{self._epochs} step {done}/{self._total}: loss "
+                f"{means['loss']:.4f}, {self._tokens / (now - self._begin):,.0f} tokens/s, at most {left:.1f} min left"
+            )
+
+    def epoch_means(self) -> dict[str, float]:
+        seconds = time.monotonic() - self._begin
+        means = {name: total / max(self._counted, 1) for name, total in self._sums.items()}
+        return means | {"train_seconds": seconds, "tokens_per_second": self._tokens / seconds}
