@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -32,6 +33,7 @@ Set = Annotated[
     list[str],
     typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Override a field: --set training.epochs=3. Repeatable."),
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: drop what an earlier run of this name left.")]
 Bundle = Annotated[
     Path, typer.Argument(help="A bundle: the directory that `ilrec train` writes, <storage>/<name>/bundle.")
 ]
@@ -76,7 +78,7 @@ def prepare(config: Config, overrides: Set = []) -> None:  # noqa: B006
 
 
 @app.command()
-def train(config: Config, overrides: Set = []) -> None:  # noqa: B006
+def train(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  # noqa: B006
     """Prepare the data if need be, train on Ray, export the best checkpoint as a bundle.
 
     Interrupted? Run the same command again: it goes on from its latest checkpoint.
@@ -92,7 +94,7 @@ def train(config: Config, overrides: Set = []) -> None:  # noqa: B006
     from trainer.fit import train as fit
     from trainer.prepare import prepare as write_prepared
 
-    bundle = fit(experiment, write_prepared(experiment, _say), _say)
+    bundle = fit(experiment, write_prepared(experiment, _say), _say, fresh)
     _say(f"bundle: {bundle}\nnext: ilrec evaluate {config}, or ilrec serve {bundle}")
 
 
@@ -229,6 +231,7 @@ def schema() -> None:
 @app.command()
 def demo(
     config: Annotated[Path, typer.Argument(help="Any experiment.")] = Path("configs/demo.yaml"),
+    fresh: Fresh = False,
     overrides: Set = [],  # noqa: B006
 ) -> None:
     """The main job end to end: prepare, train, evaluate, serve, and one HTTP request.
@@ -242,11 +245,12 @@ def demo(
     experiment = load_experiment(config, overrides)
     from deploy.demo import run
 
-    run(experiment, _say)
+    run(experiment, _say, fresh)
 
 
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one message and status 2, never a traceback."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for every load
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -20,7 +20,7 @@ from trainer.prepare import Say, prepare
 from trainer.ranking import held_out
 
 
-def run(experiment: Experiment, say: Say = print) -> dict[str, Any]:
+def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[str, Any]:
     """Prepare, train, evaluate, serve, ask once; print and save (`<run>/summary.json`) what was seen.
 
     Returns:
@@ -36,7 +36,7 @@ def run(experiment: Experiment, say: Say = print) -> dict[str, Any]:
         return result
 
     prepared: Path = timed("prepare", prepare, experiment, say)
-    bundle: Path = timed("train", train, experiment, prepared, say)
+    bundle: Path = timed("train", train, experiment, prepared, say, fresh)
     evaluation = experiment.run_dir / "evaluation"
     report = timed(
         "evaluate",

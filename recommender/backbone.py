@@ -46,7 +46,8 @@ class Backbone:
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
         self.model = model
         self.tokenizer = tokenizer
-        plain: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+        whole: Any = model
+        plain = whole.get_base_model() if hasattr(model, "peft_config") else whole
         self.decoder: Any = plain.get_decoder()
         self.head: nn.Module = plain.get_output_embeddings()
         self.norm = _only(self.decoder, _NORMS, "final norm")

@@ -145,6 +145,11 @@ class Recommender:
 def starting_point(bundle: str | Path, lora: LoraConfig | None, dtype: torch.dtype) -> Backbone:
     """A bundle's model to train on: an adapter is folded in, fresh LoRA adapters go on top if asked for."""
     source = Path(bundle).expanduser().absolute()
+    if lora is not None and (source / "adapter_config.json").exists():
+        raise UserError(
+            f"init_from: {source} holds an adapter, and another one on top could not be saved by itself; fold it in "
+            "first (ilrec export BUNDLE OUT --merge) and start from that, or train without backbone.lora"
+        )
     model: Any = _merged(source, dtype)
     if lora is not None:
         model = add_lora(model, lora)

@@ -42,8 +42,11 @@ class Endpoint:
     """A replica: loads the bundle, answers one query as a self-check, then serves."""
 
     def __init__(self, bundle: str, serving: ServingConfig):
+        from transformers.utils import logging as transformers_logging
+
         from recommender.recommender import Recommender
 
+        transformers_logging.disable_progress_bar()
         self.serving = serving
         self.recommender = Recommender.load(bundle, search=serving.search)
         self.recommender.recommend([[0]], 1)
@@ -149,10 +152,15 @@ def _deploy(application: serve.Application, bundle: str | Path) -> None:
     try:
         serve.run(application, logging_config=_QUIET)
     except RuntimeError as error:
-        # Serve hands the replica's traceback over as text.
-        raised = re.findall(r"^(?:\w+\.)*(\w+(?:Error|Exception)): (.+)$", str(error), re.MULTILINE)
-        kind, message = raised[-1] if raised else ("", str(error))
-        raise UserError(message if kind == "UserError" else f"{bundle}: cannot be served: {kind}: {message}") from error
+        [deployment] = serve.status().applications["default"].deployments.values()
+        raise UserError(_reason(deployment.message, bundle)) from error
+
+
+def _reason(message: str, bundle: str | Path) -> str:
+    """What a replica raised, from the traceback that Serve hands over as text."""
+    *_, raised = re.split(r"^(?=[\w.]+: )", message, flags=re.MULTILINE)
+    kind, _, text = raised.strip().partition(": ")
+    return text if kind.endswith("UserError") else f"{bundle}: cannot be served: {raised.strip()}"
 
 
 def _greeting(url: str) -> str:

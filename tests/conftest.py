@@ -2,16 +2,66 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+from recommender.config import PresetBackbone, PromptConfig
+from trainer.config import ClusterConfig, EvaluationConfig, TrainingConfig
+from trainer.experiment import Experiment
+from trainer.simulator_config import WorldConfig
+
+# Before anything imports Ray, which reads them once.
+os.environ.pop("RAY_ADDRESS", None)
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One Ray for the whole session: starting it takes seconds."""
+    """One Ray for the whole session: starting it takes seconds. It has more CPUs than many a machine."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False)
+    from trainer.cluster import connect
+
+    connect(num_cpus=4)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """A world of 200 items and 60 users, a preset with a small vocabulary; an epoch is six steps."""
+    return Experiment(
+        name="tiny",
+        world=WorldConfig(items=200, users=60, kinds=10, brands=8, uses=3, mean_length=8, min_length=5, max_length=20),
+        prompt=PromptConfig(history=8),
+        backbone=PresetBackbone(size="tiny", vocabulary=400),
+        training=TrainingConfig(epochs=3, batch_tokens=1200, checkpoint_every=2, patience=3),
+        cluster=ClusterConfig(workers=2, storage=str(tmp_path_factory.mktemp("runs"))),
+        evaluation=EvaluationConfig(exclude_seen=True, batch=16, bootstrap=100),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_prepared(tiny_experiment: Experiment) -> Path:
+    """What `ilrec prepare` writes for the tiny world: `dataset/` and `items/`."""
+    from trainer.prepare import prepare
+
+    return prepare(tiny_experiment, lambda text: None)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_experiment: Experiment, tiny_prepared: Path) -> Path:
+    """A bundle with random weights over the tiny world, made without Ray. Not to be changed."""
+    from recommender.backbone import load_backbone
+    from recommender.bundle import Manifest
+    from recommender.items import ItemSpace
+    from recommender.recommender import Recommender
+
+    space = ItemSpace.load(tiny_prepared / "items")
+    backbone = load_backbone(tiny_experiment.backbone, space.tokenizer, seed=1)
+    bundle = tiny_experiment.run_dir / "random"
+    Recommender(space, backbone, Manifest(name="tiny", metrics={"validation_NDCG@10": 0.1})).save(bundle)
+    return bundle

@@ -7,11 +7,14 @@ import os
 from typing import Any
 
 
-def connect() -> None:
+def connect(num_cpus: int | None = None) -> None:
     """Join the Ray cluster at RAY_ADDRESS, or start one on this machine; nothing is done when connected already.
 
     No usage statistics are sent. Workers' output stays in Ray's own logs: progress comes through the run's log, and
     errors through exceptions.
+
+    Args:
+        num_cpus: of a Ray started here; None = the machine's.
     """
     import ray
 
@@ -22,5 +25,7 @@ def connect() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how long a report waits for the controller
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     logging.getLogger("ray").setLevel(logging.ERROR)
-    options: dict[str, Any] = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False, "address": "local"}
+    options: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        options = {"include_dashboard": False, "address": "local", "num_cpus": num_cpus}
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)

@@ -43,9 +43,13 @@ class Experiment(StrictModel):
     serving: ServingConfig = ServingConfig()
 
     @model_validator(mode="after")
-    def _has_data(self) -> Experiment:
+    def _fits_together(self) -> Experiment:
         if (self.world is None) == (self.data is None):
             raise ValueError("give either `data` (your files) or `world` (a simulated one)")
+        if isinstance(self.backbone, PresetBackbone) and self.backbone.lora is not None and self.init_from is None:
+            raise ValueError(
+                "backbone.lora: adapters on a preset with fresh weights need `init_from`; or leave lora out"
+            )
         return self
 
     @property

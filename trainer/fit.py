@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,26 @@ from trainer.cluster import connect
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.prepare import Say
+from trainer.run import claim
 from trainer.worker import SELECTION, starting_backbone, train_worker
 
 
-def train(experiment: Experiment, prepared: Path, say: Say = print) -> Path:
+def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool = False) -> Path:
     """Train on Ray and export the best checkpoint as a bundle.
 
     A run that was interrupted goes on from its latest checkpoint when called again; a finished one is not repeated.
+
+    Args:
+        fresh: start over, whatever an earlier run left.
 
     Returns:
         `<run>/bundle`.
 
     Raises:
-        UserError: the cluster is too small, or training stopped for a reason that the user can mend.
+        UserError: the directory holds another config's run, the cluster is too small, or training stopped for a reason
+            that the user can mend.
     """
+    claim(experiment, Dataset.load(prepared / "dataset").fingerprint, fresh)
     log = experiment.run_dir / "train.log"
     connect()
     check_resources(experiment)
@@ -85,8 +91,10 @@ def following(log: Path, say: Say) -> Iterator[None]:
         thread.join()
 
 
-def torch_trainer(experiment: Experiment, prepared: Path, log: Path) -> TorchTrainer:
-    """The Ray Train job of an experiment."""
+def torch_trainer(
+    experiment: Experiment, prepared: Path, log: Path, worker: Callable[[dict[str, Any]], Any] = train_worker
+) -> TorchTrainer:
+    """The Ray Train job of an experiment: `worker` on every rank."""
     cluster = experiment.cluster
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
@@ -96,7 +104,7 @@ def torch_trainer(experiment: Experiment, prepared: Path, log: Path) -> TorchTra
         environment["DS_ACCELERATOR"] = "cpu"
     configuration: dict[str, Any] = {"worker_runtime_env": {"env_vars": environment}}  # not in Ray's stubs
     return TorchTrainer(
-        train_worker,  # type: ignore[arg-type]  # its return value becomes Result.return_value
+        worker,
         train_loop_config={"experiment": experiment.model_dump_json(), "prepared": str(prepared), "log": str(log)},
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(

@@ -40,6 +40,12 @@ from trainer.rows import TrainingRows
 
 SELECTION = "validation_NDCG@10"
 
+TOO_LARGE = (
+    "The step with the longest row runs first, and it does not fit. Raise training.accumulation, lower "
+    "training.batch_tokens, training.logits_memory_mb or prompt.history, set training.gradient_checkpointing: true, or "
+    "use a higher training.zero_stage with more workers."
+)
+
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train until the last epoch, or until validation NDCG@10 has not risen for `patience` epochs.
@@ -55,6 +61,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         _train(Experiment.model_validate_json(config["experiment"]), Path(config["prepared"]), Path(config["log"]))
     except (UserError, FloatingPointError) as error:
         return {"error": str(error)}
+    except torch.OutOfMemoryError as error:
+        return {"error": f"{error}\n{TOO_LARGE}"}
     return {"error": None}
 
 
@@ -80,7 +88,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
         f"{plan.steps_per_epoch} steps an epoch on {world} workers, longest row {rows.lengths.max()} tokens"
     )
 
-    state: dict[str, Any] = {"step": 0, "best": -1.0, "stale": 0, "epochs": []}
+    state: dict[str, Any] = {"step": 0, "best": -1.0, "stale": 0, "sums": {}, "epochs": []}
     resumed = ray.train.get_checkpoint()
     if resumed is not None:
         with resumed.as_directory() as directory:
@@ -91,7 +99,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
     while state["step"] < total_steps and state["stale"] < training.patience:
         epoch = state["step"] // plan.steps_per_epoch
         steps = heaviest_first(plan.epoch(epoch), rows.lengths) if epoch == 0 else plan.epoch(epoch)
-        meter = Meter(say, training.epochs, plan.steps_per_epoch, total_steps, first_step, started)
+        meter = Meter(say, state["sums"], training.epochs, plan.steps_per_epoch, total_steps, first_step, started)
         for step in steps[state["step"] % plan.steps_per_epoch :]:
             torch.manual_seed((training.seed * 1_000_003 + state["step"]) * 1024 + rank)  # dropout, also after a resume
             set_learning_rate(engine, learning_rate(training, state["step"], total_steps))
@@ -109,7 +117,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
         state["best"] = max(state["best"], metrics[SELECTION])
         state["stale"] = 0 if improved else state["stale"] + 1
         summary = {"epoch": epoch + 1, "step": state["step"], **meter.epoch_means(), **metrics}
-        state["epochs"] = [*state["epochs"], summary]
+        state["epochs"], state["sums"] = [*state["epochs"], summary], {}
         say(
             f"epoch {epoch + 1}/{training.epochs}: loss {summary['loss']:.4f} in {summary['train_seconds']:.0f} s, "
             f"validation NDCG@10 {metrics[SELECTION]:.4f} in {metrics['validation_seconds']:.0f} s"
@@ -255,21 +263,33 @@ class Progress:
 
 
 class Meter:
-    """Throughput, loss and time left, said every few seconds, and an epoch's means."""
+    """Throughput, loss and time left, said every few seconds, and an epoch's means.
+
+    Args:
+        sums: of the epoch so far, by name, and "counted", what they are divided by; added to in place. Checkpoints hold
+            them, so that the means of an interrupted epoch are those of the whole.
+    """
 
     EVERY = float(os.environ.get("ILREC_PROGRESS_SECONDS", "10"))
 
-    def __init__(self, say: Progress, epochs: int, per_epoch: int, total: int, first: int, started: float):
-        self._say, self._epochs = say, epochs
+    def __init__(
+        self,
+        say: Progress,
+        sums: dict[str, float],
+        epochs: int,
+        per_epoch: int,
+        total: int,
+        first: int,
+        started: float,
+    ):
+        self._say, self._sums, self._epochs = say, sums, epochs
         self._per_epoch, self._total, self._first, self._started = per_epoch, total, first, started
         self._begin = self._said = time.monotonic()
-        self._tokens = self._counted = 0
-        self._sums: dict[str, float] = {}
+        self._tokens = 0
 
     def update(self, done: int, step: Step, tokens: int, means: dict[str, float]) -> None:
         self._tokens += tokens
-        self._counted += step.counted
-        for name, mean in means.items():
+        for name, mean in {"counted": 1.0, **means}.items():
             self._sums[name] = self._sums.get(name, 0.0) + mean * step.counted
         now = time.monotonic()
         if now - self._said >= self.EVERY:
@@ -282,5 +302,6 @@ class Meter:
 
     def epoch_means(self) -> dict[str, float]:
         seconds = time.monotonic() - self._begin
-        means = {name: total / max(self._counted, 1) for name, total in self._sums.items()}
+        counted = max(self._sums["counted"], 1.0)
+        means = {name: total / counted for name, total in self._sums.items() if name != "counted"}
         return means | {"train_seconds": seconds, "tokens_per_second": self._tokens / seconds}

@@ -1,0 +1,116 @@
+"""The endpoint on a real Ray Serve, and what keeps it from starting."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from recommender.bundle import MANIFEST
+from recommender.errors import UserError
+from recommender.recommender import Recommender
+from service.app import Arguments, _reason, build, run
+from service.config import ServingConfig
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def post(url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, tiny_bundle: Path) -> Iterator[str]:
+    from ray import serve
+
+    port = free_port()
+    run(tiny_bundle, ServingConfig(port=port, max_k=50), blocking=False)
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+def test_it_answers_as_the_recommender_does(url: str, tiny_bundle: Path) -> None:
+    recommender = Recommender.load(tiny_bundle)
+    catalogue = recommender.catalogue
+    histories = [[item, (item * 3 + 1) % len(catalogue)] for item in range(8)]
+
+    def ask(history: list[int]) -> tuple[int, dict[str, Any]]:
+        body = {"history": [catalogue.item_ids[i] for i in history], "k": 1 + history[0], "exclude_seen": True}
+        return post(f"{url}/v1/recommendations", body)
+
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(ask, histories))
+    for history, (status, answer) in zip(histories, answers, strict=True):
+        expected = recommender.recommend([history], 1 + history[0], [history])[0]
+        assert status == 200
+        assert [item["item_id"] for item in answer["items"]] == [catalogue.item_ids[i] for i in expected.items]
+        assert [item["title"] for item in answer["items"]] == [catalogue.titles[i] for i in expected.items]
+        assert [item["score"] for item in answer["items"]] == pytest.approx(expected.scores, abs=1e-4)
+        assert answer["exact"] == expected.exact
+        assert answer["model"] == recommender.manifest.name
+
+
+def test_bad_requests_are_refused_through_the_proxy(url: str, tiny_bundle: Path) -> None:
+    known = Recommender.load(tiny_bundle).catalogue.item_ids[0]
+    target = f"{url}/v1/recommendations"
+    assert post(target, {"history": [known], "k": 51})[1]["errors"][0]["field"] == "k"
+    assert post(target, {"history": ["?"]})[1]["errors"][0]["field"] == "history[0]"
+    status, problem = post(target, {"history": ["x" * 100_000]})
+    assert (status, problem["errors"][0]["field"]) == (413, "body")
+    with urllib.request.urlopen(f"{url}/health") as response:
+        assert json.load(response)["status"] == "ok"
+
+
+def test_a_second_serve_on_the_cluster_is_refused(url: str, tiny_bundle: Path) -> None:
+    with pytest.raises(UserError, match="already"):
+        run(tiny_bundle, ServingConfig(port=free_port()), blocking=False)
+    with urllib.request.urlopen(f"{url}/health") as response:  # and does the first no harm
+        assert json.load(response)["status"] == "ok"
+
+
+def test_bundles_that_cannot_be_served_are_refused_before_serve_starts(tmp_path: Path, tiny_bundle: Path) -> None:
+    with pytest.raises(UserError, match="not a bundle"):
+        run(tmp_path / "nothing", ServingConfig(), blocking=False)
+    damaged = shutil.copytree(tiny_bundle, tmp_path / "damaged")
+    with (damaged / "model.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"model\.safetensors: differs from its checksum"):
+        build({"bundle": str(damaged)})
+    (damaged / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        build({"bundle": str(damaged)})
+
+
+def test_what_a_replica_raised_is_reported() -> None:
+    user = "failed 3 times. Error:\nTraceback:\n  File: x\nrecommender.errors.UserError: a/b: too long\nsay less\n"
+    assert _reason(user, "a/b") == "a/b: too long\nsay less"
+    other = "failed 3 times. Error:\nRuntimeError: Traceback\n  File x, line 1\nsafetensors.SafetensorError: header\n"
+    assert _reason(other, "a/b") == "a/b: cannot be served: safetensors.SafetensorError: header"
+
+
+def test_the_serve_config_file_fits() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    path = Path(__file__).parents[2] / "deploy" / "serve.yaml"
+    deployed = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    [application] = deployed.applications
+    assert application.import_path == f"{build.__module__}:{build.__name__}"
+    Arguments.model_validate(application.args)
