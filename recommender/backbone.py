@@ -41,6 +41,7 @@ class Backbone:
         tokenizer: its tokenizer.
         num_layers: number of decoder layers, L.
         vocabulary: number of rows of the prediction layer, V.
+        context: tokens of the longest path that it can read.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
@@ -54,6 +55,7 @@ class Backbone:
         self.layers: list[nn.Module] = list(_only(self.decoder, _LAYERS, "decoder layers").children())
         self.num_layers = len(self.layers)
         self.vocabulary = int(plain.config.vocab_size)
+        self.context = int(plain.config.max_position_embeddings)
 
     @property
     def device(self) -> torch.device:
@@ -157,7 +159,9 @@ def load_tokenizer(config: BackboneConfig, titles: Sequence[str]) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(config.path, revision=config.revision)
     except (OSError, ValueError) as error:
-        raise UserError(f"backbone.path: no tokenizer can be loaded from {config.path!r}: {_short(error)}") from error
+        raise UserError(
+            f"backbone.path: no tokenizer can be loaded from {config.path!r}: {shortened(error)}"
+        ) from error
 
 
 def load_backbone(
@@ -177,7 +181,9 @@ def load_backbone(
         try:
             model = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, dtype=dtype)
         except (OSError, ValueError) as error:
-            raise UserError(f"backbone.path: no model can be loaded from {config.path!r}: {_short(error)}") from error
+            raise UserError(
+                f"backbone.path: no model can be loaded from {config.path!r}: {shortened(error)}"
+            ) from error
     if config.lora is not None:
         model = add_lora(model, config.lora)
     return Backbone(model, tokenizer)
@@ -219,7 +225,7 @@ def count_layers(path: str, revision: str | None) -> int:
     try:
         return int(AutoConfig.from_pretrained(path, revision=revision).num_hidden_layers)
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"backbone: no model config can be read from {path!r}: {_short(error)}") from error
+        raise UserError(f"backbone: no model config can be read from {path!r}: {shortened(error)}") from error
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
@@ -236,11 +242,13 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
                 lora_dropout=config.dropout,
                 target_modules=targets,
                 task_type="CAUSAL_LM",
+                revision=getattr(model.config, "_commit_hash", None),  # of a hub model: the one trained on
             ),
         )
     except ValueError as error:
-        raise UserError(f"backbone.lora.target_modules: {_short(error)}") from error
+        raise UserError(f"backbone.lora.target_modules: {shortened(error)}") from error
 
 
-def _short(error: Exception) -> str:
+def shortened(error: Exception) -> str:
+    """A library's error in one line, for a message of our own."""
     return " ".join(str(error).split())[:300]

@@ -5,6 +5,7 @@
     catalogue.parquet, titles.marisa           the items and the index of their titles
     trie.safetensors, items.json               spelled identifiers as a radix trie; identifier and prompt settings
     recommender.json                           the manifest: version, search, fingerprint, metrics, checksums
+    README.md                                  for people; the one further file without a checksum, so edit it
 
 safetensors, Parquet and JSON only (and marisa's plain trie): nothing in a bundle is ever unpickled.
 """
@@ -25,6 +26,7 @@ from recommender.config import SearchConfig
 from recommender.errors import UserError
 
 MANIFEST = "recommender.json"
+CARD = "README.md"
 SCHEMA_VERSION = 1
 
 
@@ -39,7 +41,7 @@ class Manifest(BaseModel):
         objective: what it was trained with.
         data_fingerprint: of the prepared dataset.
         metrics: of the selection (validation), by name.
-        checksums: sha256 of every other file, by name.
+        checksums: sha256 of every other file but the README, by name.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -65,10 +67,11 @@ def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Pat
     aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         write_files(aside)
+        (aside / CARD).unlink(missing_ok=True)  # peft brings one
         checksums = {path.name: _sha256(path) for path in sorted(aside.iterdir()) if path.is_file()}
         complete = manifest.model_copy(update={"checksums": checksums})
         (aside / MANIFEST).write_text(complete.model_dump_json(indent=2))
-        (aside / "README.md").write_text(_card(complete))
+        (aside / CARD).write_text(_card(complete))
         aside.chmod(0o755)
         if directory.exists():
             shutil.rmtree(directory)

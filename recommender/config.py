@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -33,20 +33,44 @@ class IdentifierConfig(StrictModel):
         return template
 
 
+class PromptTemplate(NamedTuple):
+    """What stands around the items of a history; '{end}' is the end token."""
+
+    prefix: str
+    separator: str
+    suffix: str
+
+
+# "compact" has no words: a history reads like a chain of responses, and a training row holds every item once. It suits
+# presets, which know no language anyway. The others suit pretrained backbones.
+TEMPLATES = {
+    "compact": PromptTemplate("", "{end}", "{end}"),
+    "products": PromptTemplate("A customer bought these products, oldest first:", "\n- ", "\nThe next product:\n- "),
+    "books": PromptTemplate("A reader read these books, oldest first:", "\n- ", "\nThe next book:\n- "),
+    "movies": PromptTemplate("A viewer watched these movies, oldest first:", "\n- ", "\nThe next movie:\n- "),
+    "music": PromptTemplate("A listener played these artists, oldest first:", "\n- ", "\nThe next artist:\n- "),
+    "games": PromptTemplate("A player bought these games, oldest first:", "\n- ", "\nThe next game:\n- "),
+}
+
+
 class PromptConfig(StrictModel):
     """The text around a history. Each piece is tokenised by itself, so that no token crosses an item's border."""
 
-    prefix: str = Field("", description="Opens the prompt: the instruction.")
-    separator: str = Field("{end}", description="Precedes each item of the history. '{end}' is the end token.")
-    suffix: str = Field(
-        "{end}",
-        description="Closes the prompt; the response follows. With the defaults a history reads like a chain of "
-        "responses, and a training row holds every item once.",
+    template: Literal["compact", "products", "books", "movies", "music", "games"] = Field(
+        "compact", description="A ready prompt for a domain; 'compact' (no words) for presets trained from scratch."
     )
+    prefix: str | None = Field(None, description="In place of the template's: opens the prompt, the instruction.")
+    separator: str | None = Field(None, description="In place of the template's: precedes each item of the history.")
+    suffix: str | None = Field(None, description="In place of the template's: closes the prompt; the response follows.")
     chat: bool = Field(
         False, description="Wrap prefix and suffix with the tokenizer's chat template (instruction-tuned backbones)."
     )
     history: int = Field(20, ge=1, description="The most recent items of a history that enter the prompt.")
+
+    def texts(self) -> PromptTemplate:
+        """The template, with what is given in its place."""
+        given = {name: value for name in PromptTemplate._fields if (value := getattr(self, name)) is not None}
+        return TEMPLATES[self.template]._replace(**given)
 
 
 class LoraConfig(StrictModel):

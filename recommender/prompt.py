@@ -32,13 +32,13 @@ class Prompt:
     def __init__(self, config: PromptConfig, tokenizer: PreTrainedTokenizerBase, identifiers: Identifiers):
         self.config = config
         self.identifiers = identifiers
-        prefix, suffix = config.prefix, config.suffix
+        prefix, separator, suffix = config.texts()
         begin = tokenizer.bos_token or ""
         if config.chat:
             prefix, suffix = _in_chat(prefix, suffix, tokenizer)
             begin = ""  # the chat template brings its own
         self.prefix = self._encode(begin + prefix, tokenizer)
-        self.separator = self._encode(config.separator, tokenizer)
+        self.separator = self._encode(separator, tokenizer)
         self.suffix = self._encode(suffix, tokenizer)
         if not len(self.prefix) and not len(self.suffix):
             raise UserError("prompt: prefix and suffix are both empty; a prompt without history would have no tokens")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from recommender.backbone import Backbone, add_lora
+from recommender.backbone import Backbone, add_lora, shortened
 from recommender.bundle import Manifest, read_manifest, write_bundle
 from recommender.config import LoraConfig, SearchConfig
 from recommender.errors import UserError
@@ -18,6 +19,8 @@ from recommender.search import TreeSearch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+ADAPTER = "adapter_config.json"  # marks a bundle that holds an adapter
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Recommender:
         self.manifest = manifest
         self.catalogue = space.catalogue
         self.backbone.model.eval()
+        self._longest_response = int(np.diff(space.identifiers.offsets).max())
         self._search = TreeSearch(backbone, space.trie, manifest.search)
 
     @classmethod
@@ -78,14 +82,12 @@ class Recommender:
         Raises:
             UserError: missing, damaged or of another version.
         """
-        from transformers import AutoModelForCausalLM
-
         directory = Path(bundle).expanduser()
         manifest = read_manifest(directory)
         if search is not None:
             manifest = manifest.model_copy(update={"search": search})
         space = ItemSpace.load(directory)
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
+        model: Any = _open(directory, dtype)
         return cls(space, Backbone(model.to(device), space.tokenizer), manifest)
 
     def save(self, directory: str | Path) -> None:
@@ -107,15 +109,13 @@ class Recommender:
         """The top-K items for each history.
 
         Args:
-            histories: item indices, oldest first; the last `prompt.history` of them are read.
+            histories: item indices, oldest first; the last `prompt.history` of them are read, fewer where the
+                backbone's context would not hold them.
             k: how many items, for all or for each.
             exclude: items that may not be recommended, for each history.
             allow: if not None, the only items that may be, for each history.
-
-        Raises:
-            UserError: a history is longer than the backbone's context.
         """
-        prompts = [self.space.prompt.encode(history) for history in histories]
+        prompts = [self._prompt(history) for history in histories]
         rankings = self._search.search(
             prompts, k if isinstance(k, int) else list(k), self._allowed(len(histories), exclude, allow)
         )
@@ -123,6 +123,14 @@ class Recommender:
             Recommendation(ranking.items.tolist(), ranking.scores.tolist(), ranking.exact, ranking.expansions)
             for ranking in rankings
         ]
+
+    def _prompt(self, history: Sequence[int]) -> np.ndarray:
+        """The prompt of as many of the latest items as leave room for the longest response."""
+        prompt = self.space.prompt.encode(history)
+        while len(prompt) + self._longest_response > self.backbone.context and len(history):
+            history = history[-self.space.prompt.config.history :][1:]
+            prompt = self.space.prompt.encode(history)
+        return prompt
 
     def _allowed(
         self,
@@ -145,7 +153,7 @@ class Recommender:
 def starting_point(bundle: str | Path, lora: LoraConfig | None, dtype: torch.dtype) -> Backbone:
     """A bundle's model to train on: an adapter is folded in, fresh LoRA adapters go on top if asked for."""
     source = Path(bundle).expanduser().absolute()
-    if lora is not None and (source / "adapter_config.json").exists():
+    if lora is not None and (source / ADAPTER).exists():
         raise UserError(
             f"init_from: {source} holds an adapter, and another one on top could not be saved by itself; fold it in "
             "first (ilrec export BUNDLE OUT --merge) and start from that, or train without backbone.lora"
@@ -156,16 +164,30 @@ def starting_point(bundle: str | Path, lora: LoraConfig | None, dtype: torch.dty
     return Backbone(model, ItemSpace.load(source).tokenizer)
 
 
-def _merged(source: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    read_manifest(source)
-    if (source / "adapter_config.json").exists():
-        import peft
-
-        adapted = peft.AutoPeftModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
-        return adapted.merge_and_unload()
+def _open(bundle: Path, dtype: torch.dtype | None) -> Any:
+    """The model of a bundle: plain or, over a base that lies elsewhere, with its adapter."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+    if not (bundle / ADAPTER).exists():
+        return AutoModelForCausalLM.from_pretrained(bundle, dtype=dtype or "auto")
+    import peft
+
+    config = peft.PeftConfig.from_pretrained(str(bundle))
+    name = str(config.base_model_name_or_path)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(name, revision=config.revision, dtype=dtype or "auto")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{bundle}: its adapter belongs to the base {name}, which cannot be loaded: {shortened(error)}; put the base "
+            "back, and fold it in to be free of it: ilrec export BUNDLE OUT --merge"
+        ) from error
+    return peft.PeftModel.from_pretrained(base, str(bundle))
+
+
+def _merged(bundle: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    read_manifest(bundle)
+    model = _open(bundle, dtype)
+    return model.merge_and_unload() if (bundle / ADAPTER).exists() else model
 
 
 def merge_adapter(bundle: str | Path, directory: str | Path) -> None:
@@ -176,7 +198,7 @@ def merge_adapter(bundle: str | Path, directory: str | Path) -> None:
     """
     source = Path(bundle).expanduser()
     manifest = read_manifest(source)
-    if not (source / "adapter_config.json").exists():
+    if not (source / ADAPTER).exists():
         raise UserError(f"{source}: holds full weights, there is no adapter to merge")
     space = ItemSpace.load(source)
     Recommender(space, Backbone(_merged(source, None), space.tokenizer), manifest).save(directory)

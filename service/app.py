@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import socket
 import time
 from pathlib import Path
@@ -84,52 +85,35 @@ def run(bundle: str | Path, config: ServingConfig, blocking: bool) -> None:
     Args:
         bundle: the directory that `ilrec train` wrote.
         config: the endpoint.
-        blocking: serve until Ctrl-C, then shut down; else return as soon as requests are answered, and leave the
+        blocking: serve until Ctrl-C or SIGTERM, then shut down; else return as soon as requests are answered, and leave the
             shutting down (`ray.serve.shutdown()`) to the caller.
 
     Raises:
         UserError: the bundle cannot be served, the port is taken, or Serve runs on this cluster already.
     """
     application = build({"bundle": str(bundle), "serving": config})
-    started_ray = _connect()
-    try:
-        _start(config)
-        _deploy(application, bundle)
-        url = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
-        print(_greeting(url), flush=True)
-        if not blocking:
-            return
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        print("shutting down", flush=True)
-    except BaseException:
-        blocking = True  # nothing is left running
-        raise
-    finally:
-        if blocking:
-            serve.shutdown()
-            if started_ray:
-                ray.shutdown()
-
-
-def _connect() -> bool:
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
-    else:
-        ray.init(logging_level=logging.WARNING, address="local", include_dashboard=False)
-    return True
-
-
-def _start(config: ServingConfig) -> None:
+    _check_address(config)
+    owns_ray = _connect()
     if serve.status().proxies:
         raise UserError(
             "Ray Serve runs on this cluster already: deploy to it with `serve deploy` (deploy/serve.yaml shows how), "
             "or end it with `serve shutdown`"
         )
+    if blocking:  # a service manager's way to say Ctrl-C; Ray would abort
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        _start(config)
+        _deploy(application, bundle)
+        print(_greeting(config), flush=True)
+        while blocking:
+            time.sleep(3600)
+    except BaseException as error:
+        _stop(owns_ray)
+        if not (blocking and isinstance(error, KeyboardInterrupt)):
+            raise
+
+
+def _check_address(config: ServingConfig) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -138,6 +122,21 @@ def _start(config: ServingConfig) -> None:
             raise UserError(
                 f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another port or host"
             ) from error
+
+
+def _connect() -> bool:
+    """Join Ray, or start one. Returns whether it was started here."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+        return False
+    ray.init(logging_level=logging.WARNING, address="local", include_dashboard=False)
+    return True
+
+
+def _start(config: ServingConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     # A proxy on busy cores misses the default of 5 s, is killed and started again, for ever. The controller reads it.
     patience = {_PROXY_PATIENCE: os.environ.get(_PROXY_PATIENCE, "30")}
@@ -146,6 +145,15 @@ def _start(config: ServingConfig) -> None:
         logging_config=_QUIET,
         controller_options={"runtime_env": {"env_vars": patience}},
     )
+
+
+def _stop(owns_ray: bool) -> None:
+    """Let running requests finish and take everything down that was started here."""
+    if owns_ray:
+        serve.delete("default")
+        ray.shutdown()
+    else:
+        serve.shutdown()
 
 
 def _deploy(application: serve.Application, bundle: str | Path) -> None:
@@ -163,7 +171,8 @@ def _reason(message: str, bundle: str | Path) -> str:
     return text if kind.endswith("UserError") else f"{bundle}: cannot be served: {raised.strip()}"
 
 
-def _greeting(url: str) -> str:
+def _greeting(config: ServingConfig) -> str:
+    url = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
     return f"""ready: {url}  (documentation: {url}/docs)
 
 curl -s {url}/v1/recommendations -H 'content-type: application/json' \\

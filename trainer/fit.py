@@ -148,6 +148,7 @@ def export(
     experiment: Experiment, prepared: Path, best: ray.train.Checkpoint, metrics: dict[str, Any], history: list[Any]
 ) -> Path:
     """Write the bundle of a checkpoint."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which looks for a device and warns
     space = ItemSpace.load(prepared / "items")
     backbone = starting_backbone(experiment, space)
     with best.as_directory() as directory:

@@ -30,10 +30,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
+from recommender.errors import UserError
 from recommender.metrics import metric_values, popularity_ranks
 from trainer.simulator_config import WorldConfig
 
 CUTOFFS = (1, 5, 10, 20)
+
+Metrics = dict[str, dict[str, dict[str, float]]]
 
 _KINDS = [
     *("Tent", "Sleeping Bag", "Backpack", "Headlamp", "Camp Stove", "Hiking Boots", "Water Bottle", "Trekking Poles"),
@@ -88,21 +91,22 @@ class World:
         return share / share.sum()
 
 
-def simulate(
-    config: WorldConfig, out_dir: Path, say: Callable[[str], None] = print
-) -> dict[str, dict[str, dict[str, float]]]:
+def simulate(config: WorldConfig, out_dir: Path, say: Callable[[str], None] = print) -> Metrics:
     """Write a world: `items.jsonl.gz`, `interactions.csv.gz`, `world.json`, `oracle.json`; complete or absent.
 
-    A world of the same config is left as it is.
+    A world of the same config is left as it is, one of another config is replaced.
 
     Returns:
         split ("validation", "test") → system ("oracle", "most_popular", "random") → metric → value: leave-one-out, the
         last item of a user is test, the one before validation, and bought items are not ranked.
+
+    Raises:
+        UserError: `out_dir` is there and holds something else.
     """
-    described = json.dumps(config.model_dump(), indent=2)
-    if (out_dir / "world.json").exists() and (out_dir / "world.json").read_text() == described:
+    described = config.model_dump()
+    if _present(out_dir) == described:
         say(f"world: {out_dir} is there already")
-        metrics: dict[str, dict[str, dict[str, float]]] = json.loads((out_dir / "oracle.json").read_text())
+        metrics: Metrics = json.loads((out_dir / "oracle.json").read_text())
         return metrics
     world = build_world(config)
     bought, ranks = draw_choices(config, world)
@@ -110,12 +114,15 @@ def simulate(
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
-        _write(world, bought, aside)
-        (aside / "oracle.json").write_text(json.dumps(metrics, indent=2))
-        (aside / "world.json").write_text(described)
-        shutil.rmtree(out_dir, ignore_errors=True)
-        aside.chmod(0o755)
-        aside.rename(out_dir)
+        new = aside / "new"
+        new.mkdir()
+        _write(world, bought, new)
+        (new / "oracle.json").write_text(json.dumps(metrics, indent=2))
+        summary = _summary(config, world, bought, metrics)
+        (new / "world.json").write_text(json.dumps({"config": described, "summary": summary}, indent=2))
+        if out_dir.exists():
+            out_dir.rename(aside / "old")
+        new.rename(out_dir)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     oracle, popular = metrics["test"]["oracle"]["HR@10"], metrics["test"]["most_popular"]["HR@10"]
@@ -124,6 +131,17 @@ def simulate(
         f"test HR@10: oracle {oracle:.3f}, most popular {popular:.3f}"
     )
     return metrics
+
+
+def _present(out_dir: Path) -> dict[str, object] | None:
+    """Config of the world in `out_dir`; None where nothing is there."""
+    if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
+        return None
+    try:
+        config: dict[str, object] = json.loads((out_dir / "world.json").read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{out_dir} is there and holds no simulated world; name another directory") from None
+    return config
 
 
 def build_world(config: WorldConfig) -> World:
@@ -263,28 +281,47 @@ def _draw_from(p: np.ndarray, shape: int | tuple[int, ...], rng: np.random.Gener
     return rng.choice(len(p), shape, p=p)
 
 
-def known_metrics(
-    config: WorldConfig, bought: list[np.ndarray], oracle_ranks: np.ndarray
-) -> dict[str, dict[str, dict[str, float]]]:
-    """HR and NDCG of the oracle, of most-popular (counted on what training sees) and of a random order, by split."""
+def known_metrics(config: WorldConfig, bought: list[np.ndarray], oracle_ranks: np.ndarray) -> Metrics:
+    """HR and NDCG of the oracle, of most-popular (counted on what training sees) and of a random order, by split.
+
+    Those of the random order are expectations: each rank is equally likely.
+    """
     training = np.concatenate([sequence[:-2] for sequence in bought])
     popularity = np.bincount(training, minlength=config.items)
-    metrics = {}
+    metrics: Metrics = {}
     for split, column in (("validation", 0), ("test", 1)):
         at = [len(sequence) - 2 + column for sequence in bought]
         targets = np.array([sequence[t] for sequence, t in zip(bought, at, strict=True)])
         seen = [sequence[:t] for sequence, t in zip(bought, at, strict=True)]
         left = config.items - np.array(at)
-        ranks = {
-            "oracle": oracle_ranks[:, column],
-            "most_popular": popularity_ranks(popularity, targets, seen),
-            "random": np.random.default_rng([config.seed, 3]).integers(1, left + 1),
-        }
+        oracle = metric_values(oracle_ranks[:, column], CUTOFFS)
+        popular = metric_values(popularity_ranks(popularity, targets, seen), CUTOFFS)
+        by_rank = metric_values(np.arange(1, CUTOFFS[-1] + 1), CUTOFFS)
         metrics[split] = {
-            system: {name: float(v.mean()) for name, v in metric_values(r, CUTOFFS).items()}
-            for system, r in ranks.items()
+            "oracle": {name: float(values.mean()) for name, values in oracle.items()},
+            "most_popular": {name: float(values.mean()) for name, values in popular.items()},
+            "random": {name: float((values.sum() / left).mean()) for name, values in by_rank.items()},
         }
     return metrics
+
+
+def _summary(config: WorldConfig, world: World, bought: list[np.ndarray], metrics: Metrics) -> dict[str, float]:
+    """Sizes, how unequal popularity is, and the figures that say whether the world is of use."""
+    counts = np.sort(np.bincount(np.concatenate(bought), minlength=config.items))[::-1]
+    rank = np.arange(1, config.items + 1)
+    head = slice(0, max(2, config.items // 10))  # counts of the tail are too small to lie on a line
+    interactions = int(counts.sum())
+    return {
+        "users": config.users,
+        "items": config.items,
+        "items_bought": int((counts > 0).sum()),
+        "interactions": interactions,
+        "distinct_titles": len(set(world.titles)),
+        "gini": float(1 + 1 / config.items - 2 * (rank * counts).sum() / (config.items * interactions)),
+        "zipf_exponent": -float(np.polyfit(np.log(rank[head]), np.log(np.maximum(counts[head], 1)), 1)[0]),
+        "oracle HR@10": metrics["test"]["oracle"]["HR@10"],
+        "most_popular HR@10": metrics["test"]["most_popular"]["HR@10"],
+    }
 
 
 def _write(world: World, bought: list[np.ndarray], directory: Path) -> None:

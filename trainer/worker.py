@@ -76,6 +76,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
     backbone = starting_backbone(experiment, space)
     objective = build_objective(experiment.objective, backbone.num_layers)
     rows = TrainingRows(dataset, space, training, objective.branching_only)
+    check_context(backbone, rows)
     check_tree(backbone, int(rows.lengths.max()))
     if training.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -132,6 +133,16 @@ def starting_backbone(experiment: Experiment, space: ItemSpace) -> Backbone:
     if experiment.init_from is None:
         return load_backbone(experiment.backbone, space.tokenizer, dtype, experiment.training.seed)
     return starting_point(experiment.init_from, experiment.backbone.lora, dtype)
+
+
+def check_context(backbone: Backbone, rows: TrainingRows) -> None:
+    """Refuse rows with paths that are longer than the backbone can read."""
+    longest = max(int(row.depth.max()) + 1 for row in rows.rows)
+    if longest > backbone.context:
+        raise UserError(
+            f"the longest prompt has {longest} tokens, the backbone reads {backbone.context}; lower prompt.history or "
+            "identifier.max_tokens"
+        )
 
 
 def heaviest_first(steps: list[Step], lengths: np.ndarray) -> list[Step]:

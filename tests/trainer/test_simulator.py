@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from recommender.errors import UserError
 from trainer import simulator
 from trainer.simulator import World, build_world, draw_choices, known_metrics, next_item, simulate
 from trainer.simulator_config import WorldConfig
@@ -75,6 +76,19 @@ def test_what_is_written_is_a_log_of_distinct_choices(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "world" / "oracle.json").read_text()) == metrics
 
 
+def test_the_summary_counts_what_is_there(tmp_path: Path) -> None:
+    simulate(small(), tmp_path / "world")
+    described = json.loads((tmp_path / "world" / "world.json").read_text())
+    assert WorldConfig(**described["config"]) == small()
+    counts = Counter(row["item_id"] for row in read_interactions(tmp_path / "world"))
+    all_counts = np.array([*counts.values(), *[0] * (300 - len(counts))])
+    differences = np.abs(all_counts[:, None] - all_counts[None, :]).mean()
+    assert described["summary"]["interactions"] == all_counts.sum()
+    assert described["summary"]["items_bought"] == len(counts)
+    assert described["summary"]["gini"] == pytest.approx(differences / (2 * all_counts.mean()))
+    assert described["summary"]["zipf_exponent"] > 0.2
+
+
 def test_titles_say_brand_kind_and_use(tmp_path: Path) -> None:
     simulate(small(items=2000), tmp_path / "world")
     items = read_items(tmp_path / "world")
@@ -92,6 +106,17 @@ def test_a_world_that_is_there_is_kept_and_another_config_replaces_it(tmp_path: 
     assert simulate(small(seed=1), tmp_path / "world") != first
     simulate(small(seed=1), tmp_path / "fresh")
     assert contents(tmp_path / "world") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("world_json", [None, "{", "[]", "{}"])
+def test_other_peoples_files_are_not_replaced(tmp_path: Path, world_json: str | None) -> None:
+    (tmp_path / "thesis.txt").write_text("ten years")
+    if world_json is not None:
+        (tmp_path / "world.json").write_text(world_json)
+    for out_dir in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(UserError, match="holds no simulated world"):
+            simulate(small(), out_dir)
+    assert (tmp_path / "thesis.txt").read_text() == "ten years"
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,11 +261,18 @@ def test_baselines_are_counted_on_what_training_sees() -> None:
 
 
 def test_random_order_hits_in_proportion() -> None:
-    config = small(users=4000, min_length=4, mean_length=4, max_length=4)
+    config = small(min_length=4, mean_length=4, max_length=4)
     _, bought, ranks = draw(config)
-    chance = 10 / (config.items - 3)
-    tolerance = 4 * np.sqrt(chance / config.users)
-    assert known_metrics(config, bought, ranks)["test"]["random"]["HR@10"] == pytest.approx(chance, abs=tolerance)
+    metrics = known_metrics(config, bought, ranks)
+    assert metrics["validation"]["random"]["HR@10"] == pytest.approx(10 / 298)
+    assert metrics["test"]["random"]["NDCG@5"] == pytest.approx(sum(1 / np.log2(r + 1) for r in range(1, 6)) / 297)
+
+
+def test_nothing_is_bought_twice_when_habit_or_taste_has_run_out() -> None:
+    limits = {"items": 100, "kinds": 10, "mean_length": 30, "max_length": 50}
+    for fields in ({"habit": 0.999, "taste": 0, "followers": 1}, {"habit": 0, "taste": 0.999, "tastes": 1, "drift": 0}):
+        _, bought, _ = draw(small(**limits, **fields))
+        assert all(len(set(sequence.tolist())) == len(sequence) for sequence in bought)
 
 
 @pytest.mark.parametrize("seed", [101, 202])
@@ -295,6 +327,7 @@ def counting_hit_rate(world: World, bought: list[np.ndarray], users: int) -> flo
     ("fields", "message"),
     [
         ({"habit": 0.8, "taste": 0.3}, r"habit \+ taste"),
+        ({"habit": 0.8, "taste": 0.2}, "below 1"),
         ({"habit": -0.1}, "habit"),
         ({"drift": 1.5}, "drift"),
         ({"brand_loyalty": 0.5}, "brand_loyalty"),
@@ -306,6 +339,8 @@ def counting_hit_rate(world: World, bought: list[np.ndarray], users: int) -> flo
         ({"items": 100}, "max_length 60 leaves too little to choose from 100 items"),
         ({"kinds": 5, "followers": 6}, "followers"),
         ({"kinds": 5, "tastes": 6}, "tastes"),
+        ({"kinds": 50, "items": 45, "max_length": 20}, "kinds"),
+        ({"brand_loyalty": float("inf")}, "brand_loyalty"),
         ({"zipf": -1}, "zipf"),
         ({"user": 5}, "user"),
     ],

@@ -1,0 +1,258 @@
+"""Bundles: what is saved comes back, elsewhere too; what is not whole is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recommender.backbone import Backbone
+from recommender.bundle import Manifest, read_manifest, write_bundle
+from recommender.config import LoraConfig, SearchConfig
+from recommender.errors import UserError
+from recommender.items import ItemSpace
+from recommender.recommender import Recommender, merge_adapter, starting_point
+from tests.brute_force import BruteForce
+
+HISTORIES = [[3, 50, 7], [199], [], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle that may be damaged."""
+    return shutil.copytree(tiny_bundle, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of adapters over the tiny bundle."""
+    return _adapted(tiny_bundle, tmp_path_factory.mktemp("adapted") / "bundle", seed=0)
+
+
+def _adapted(base: Path, directory: Path, seed: int) -> Path:
+    backbone = starting_point(base, LoraConfig(rank=4), torch.float32)
+    _shake(backbone, seed)
+    Recommender(ItemSpace.load(base), backbone, Manifest(name="adapted")).save(directory)
+    return directory
+
+
+def _shake(backbone: Backbone, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in backbone.model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def answers(bundle: Path) -> list[dict[str, Any]]:
+    return [vars(answer) for answer in Recommender.load(bundle).recommend(HISTORIES, 7)]
+
+
+def test_another_process_gives_the_same_recommendations(tiny_bundle: Path) -> None:
+    script = (
+        "import json, sys, torch\n"
+        "from recommender.recommender import Recommender\n"
+        "torch.set_num_threads(int(sys.argv[3]))\n"
+        "answers = Recommender.load(sys.argv[1]).recommend(json.loads(sys.argv[2]), 7)\n"
+        "print(json.dumps([vars(answer) for answer in answers]))\n"
+        "assert not {'ray', 'deepspeed', 'trainer'} & set(sys.modules)\n"
+    )
+    arguments = [str(tiny_bundle), json.dumps(HISTORIES), str(torch.get_num_threads())]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == answers(tiny_bundle)
+
+
+def test_scores_are_those_of_brute_force(tiny_bundle: Path) -> None:
+    force = BruteForce(tiny_bundle)
+    for history, answer in zip(HISTORIES, answers(tiny_bundle), strict=True):
+        scores = force.scores(history)
+        assert answer["exact"]
+        np.testing.assert_allclose(answer["scores"], np.sort(scores)[::-1][:7], atol=1e-4)
+        np.testing.assert_allclose(answer["scores"], scores[answer["items"]], atol=1e-4)
+
+
+def test_plain_transformers_opens_it(tiny_bundle: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bundle)
+    model, loading = AutoModelForCausalLM.from_pretrained(tiny_bundle, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    space = ItemSpace.load(tiny_bundle)
+    for item in (0, 77, 199):
+        spelled = space.identifiers.spelled(item)
+        assert spelled[-1] == tokenizer.eos_token_id == model.config.eos_token_id
+        assert tokenizer.decode(spelled[:-1]).strip() == space.catalogue.titles[item]
+    prompt = torch.tensor([space.prompt.encode([3, 50, 7]).tolist()])
+    first, second = (model.generate(prompt, max_new_tokens=8, attention_mask=torch.ones_like(prompt)) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not model.generation_config.do_sample
+
+
+def test_nothing_in_it_is_pickled(tiny_bundle: Path) -> None:
+    names = sorted(path.name for path in tiny_bundle.iterdir())
+    suffixes = {name.rpartition(".")[2] for name in names}
+    assert suffixes <= {"json", "safetensors", "parquet", "marisa", "md", "jinja"}, names
+    for path in tiny_bundle.iterdir():
+        head = path.read_bytes()[:2]
+        assert head not in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"), path.name  # pickle, torch.save
+
+
+def test_every_file_is_under_a_checksum(tiny_bundle: Path) -> None:
+    names = {path.name for path in tiny_bundle.iterdir()}
+    assert names - set(read_manifest(tiny_bundle).checksums) == {"recommender.json", "README.md"}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "trie.safetensors", "catalogue.parquet", "items.json"])
+def test_a_damaged_file_is_refused(copy: Path, name: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(UserError, match=f"{name}: differs from its checksum .* copy or export again"):
+        Recommender.load(copy)
+
+
+def test_a_truncated_file_is_refused(copy: Path) -> None:
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"model\.safetensors: differs"):
+        Recommender.load(copy)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "items.json", "config.json"])
+def test_a_missing_file_is_refused(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(UserError, match=f"{name}: missing from the bundle; copy the whole directory again"):
+        Recommender.load(copy)
+
+
+def test_another_schema_version_is_refused(copy: Path) -> None:
+    manifest = json.loads((copy / "recommender.json").read_text())
+    (copy / "recommender.json").write_text(json.dumps(manifest | {"schema_version": 99}))
+    with pytest.raises(UserError, match="schema version 99, this release reads version 1; export the bundle again"):
+        Recommender.load(copy)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "", '{"schema_version": 1}', "\ufffd"])
+def test_a_damaged_manifest_is_refused(copy: Path, text: str) -> None:
+    (copy / "recommender.json").write_text(text)
+    with pytest.raises(UserError, match=r"recommender\.json: "):
+        Recommender.load(copy)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_what_is_no_bundle_is_refused(tmp_path: Path, made: bool) -> None:
+    directory = tmp_path / "elsewhere"
+    if made:
+        directory.mkdir()
+    with pytest.raises(UserError, match="elsewhere: not a bundle .* `ilrec train` writes one"):
+        Recommender.load(directory)
+
+
+def test_a_file_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="not a bundle"):
+        Recommender.load(tmp_path / "file")
+
+
+def test_a_bundle_is_replaced_whole_or_not_at_all(copy: Path) -> None:
+    before = answers(copy)
+
+    def breaks_off(aside: Path) -> None:
+        (aside / "config.json").write_text("{}")
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        write_bundle(copy, Manifest(name="new"), breaks_off)
+    assert answers(copy) == before
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]  # nothing is left beside it
+
+    Recommender(ItemSpace.load(copy), Recommender.load(copy).backbone, Manifest(name="new")).save(copy)
+    assert read_manifest(copy).name == "new"
+    assert answers(copy) == before
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_search_settings_are_saved_and_may_be_replaced(copy: Path) -> None:
+    recommender = Recommender.load(copy)
+    beam = recommender.manifest.model_copy(update={"search": SearchConfig(mode="beam", width=1)})
+    Recommender(recommender.space, recommender.backbone, beam).save(copy)
+    assert Recommender.load(copy).manifest.search.width == 1
+    assert len(Recommender.load(copy).recommend([[3]], 5)[0].items) <= 5
+    assert Recommender.load(copy, search=SearchConfig()).recommend([[3]], 5)[0].exact
+
+
+def test_fewer_items_than_k_are_left(tiny_bundle: Path) -> None:
+    recommender = Recommender.load(tiny_bundle)
+    only, none, all_but_two, everything = recommender.recommend(
+        [[1, 2]] * 4,
+        [10, 10, 10, 500],
+        exclude=[[1, 2], [1, 2], [i for i in range(200) if i not in (8, 9)], []],
+        allow=[[1, 2, 3, 4, 5], [1], None, None],
+    )
+    assert sorted(only.items) == [3, 4, 5]
+    assert none.items == none.scores == []
+    assert sorted(all_but_two.items) == [8, 9]
+    assert sorted(everything.items) == list(range(200))
+    assert all(answer.exact for answer in (only, none, all_but_two))
+    scores = BruteForce(tiny_bundle).scores([1, 2])
+    np.testing.assert_allclose(everything.scores, np.sort(scores)[::-1], atol=1e-4)
+
+
+# ---- Adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_bundle_is_its_base_plus_the_adapter(adapted: Path, tiny_bundle: Path) -> None:
+    assert (adapted / "adapter_model.safetensors").exists()
+    assert not (adapted / "model.safetensors").exists()
+    scores, base = BruteForce(adapted).scores([3, 50]), BruteForce(tiny_bundle).scores([3, 50])
+    assert np.abs(scores - base).max() > 0.1
+    answer = Recommender.load(adapted).recommend([[3, 50]], 7)[0]
+    np.testing.assert_allclose(answer.scores, np.sort(scores)[::-1][:7], atol=1e-4)
+
+
+def test_a_merged_bundle_scores_alike_and_stands_alone(tiny_bundle: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_bundle, tmp_path / "base")
+    adapted = _adapted(base, tmp_path / "adapted", seed=1)
+    expected = BruteForce(adapted).scores([3, 50])
+    merge_adapter(adapted, tmp_path / "merged")
+    shutil.rmtree(base)
+    shutil.rmtree(adapted)
+    np.testing.assert_allclose(BruteForce(tmp_path / "merged").scores([3, 50]), expected, atol=1e-4)
+    answer = Recommender.load(tmp_path / "merged").recommend([[3, 50]], 7)[0]
+    np.testing.assert_allclose(answer.scores, np.sort(expected)[::-1][:7], atol=1e-4)
+    assert read_manifest(tmp_path / "merged").name == "adapted"
+
+
+def test_training_may_go_on_from_an_adapter_bundle_with_all_weights(adapted: Path, tmp_path: Path) -> None:
+    backbone = starting_point(adapted, None, torch.float32)
+    Recommender(ItemSpace.load(adapted), backbone, Manifest(name="whole")).save(tmp_path / "whole")
+    expected = BruteForce(adapted).scores([3, 50])
+    np.testing.assert_allclose(BruteForce(tmp_path / "whole").scores([3, 50]), expected, atol=1e-4)
+
+
+def test_adapters_over_an_adapter_bundle_are_refused(adapted: Path) -> None:
+    with pytest.raises(UserError, match="could not be saved by itself; fold it in first"):
+        starting_point(adapted, LoraConfig(rank=2), torch.float32)
+
+
+def test_the_base_of_an_adapter_bundle_is_missing(tiny_bundle: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_bundle, tmp_path / "base")
+    adapted = _adapted(base, tmp_path / "adapted", seed=1)
+    shutil.rmtree(base)
+    with pytest.raises(UserError, match=r"adapted: its adapter belongs to the base .*base, which cannot be loaded"):
+        Recommender.load(adapted)
+    with pytest.raises(UserError, match=r"adapted: its adapter belongs to the base .*base, which cannot be loaded"):
+        merge_adapter(adapted, tmp_path / "merged")
+
+
+def test_there_is_no_adapter_to_merge(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds full weights, there is no adapter to merge"):
+        merge_adapter(tiny_bundle, tmp_path / "merged")
