@@ -172,7 +172,7 @@ def recommend(
 def serve(
     bundle: Bundle,
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; default 8000.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default 8000.")] = None,
     config: Annotated[Path | None, typer.Option(help="Take the `serving` section of this experiment.")] = None,
 ) -> None:
     """Serve a bundle over HTTP with Ray Serve until Ctrl-C.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -178,14 +179,16 @@ def load_backbone(
     else:
         from transformers import AutoModelForCausalLM
 
+        # An adapter's bundle names its base as it was named here, and is opened from anywhere.
+        path = os.path.abspath(config.path) if os.path.isdir(config.path) else config.path
         try:
-            model = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(path, revision=config.revision, dtype=dtype)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"backbone.path: no model can be loaded from {config.path!r}: {shortened(error)}"
             ) from error
     if config.lora is not None:
-        model = add_lora(model, config.lora)
+        model = add_lora(model, config.lora, seed)
     return Backbone(model, tokenizer)
 
 
@@ -228,23 +231,23 @@ def count_layers(path: str, revision: str | None) -> int:
         raise UserError(f"backbone: no model config can be read from {path!r}: {shortened(error)}") from error
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    """Freeze the model and add trainable low-rank adapters."""
+def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> PeftModel:
+    """Freeze the model and add trainable low-rank adapters, drawn from `seed`."""
     import peft
 
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    adapters = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # floats work
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        revision=getattr(model.config, "_commit_hash", None),  # of a hub model: the one that is trained on
+    )
     try:
-        return peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,  # type: ignore[arg-type]  # floats work
-                lora_dropout=config.dropout,
-                target_modules=targets,
-                task_type="CAUSAL_LM",
-                revision=getattr(model.config, "_commit_hash", None),  # of a hub model: the one trained on
-            ),
-        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return peft.get_peft_model(model, adapters)
     except ValueError as error:
         raise UserError(f"backbone.lora.target_modules: {shortened(error)}") from error
 

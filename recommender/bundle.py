@@ -64,7 +64,9 @@ def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Pat
         write_files: writes everything but the manifest into the directory it is given.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    aside = work / "new"
+    aside.mkdir()
     try:
         write_files(aside)
         (aside / CARD).unlink(missing_ok=True)  # peft brings one
@@ -72,12 +74,13 @@ def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Pat
         complete = manifest.model_copy(update={"checksums": checksums})
         (aside / MANIFEST).write_text(complete.model_dump_json(indent=2))
         (aside / CARD).write_text(_card(complete))
-        aside.chmod(0o755)
+        for path in aside.iterdir():
+            path.chmod(0o644)  # safetensors writes files that only their owner may read
         if directory.exists():
-            shutil.rmtree(directory)
+            directory.rename(work / "old")
         aside.rename(directory)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def read_manifest(directory: Path) -> Manifest:

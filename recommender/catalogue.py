@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import html
 import re
 import unicodedata
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import marisa_trie
@@ -75,13 +75,17 @@ class Catalogue:
         return min(index for (index,) in found) if found else None
 
     def similar_titles(self, text: str, limit: int = 3) -> list[str]:
-        """Titles that look like `text`, best first: those it opens, then close spellings. For error messages."""
-        folded = normalise_title(text).casefold()
-        opened = [self.titles[i] for _, (i,) in self.title_index.items(folded)[:limit]] if folded else []
-        if opened or len(self) > 50_000:
-            return opened
-        close = difflib.get_close_matches(folded, self.title_index.keys(), n=limit, cutoff=0.5)
-        return [self.titles[min(i for (i,) in self.title_index[key])] for key in close]
+        """Titles that share the longest opening with `text`, if that is four characters or more.
+
+        A handful of look-ups in the trie of titles, whatever the catalogue's size: an error may not cost more than an
+        answer.
+        """
+        folded = normalise_title(text[:80]).casefold()
+        for length in range(len(folded), 3, -1):
+            opened = list(islice(self.title_index.iteritems(folded[:length]), limit))
+            if opened:
+                return [self.titles[index] for _, (index,) in opened]
+        return []
 
     def indices_of(self, texts: Sequence[str], field: str = "history") -> list[int]:
         """Indices of items named by id or title.

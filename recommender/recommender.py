@@ -150,8 +150,8 @@ class Recommender:
         return allowed
 
 
-def starting_point(bundle: str | Path, lora: LoraConfig | None, dtype: torch.dtype) -> Backbone:
-    """A bundle's model to train on: an adapter is folded in, fresh LoRA adapters go on top if asked for."""
+def starting_point(bundle: str | Path, lora: LoraConfig | None, dtype: torch.dtype, seed: int = 0) -> Backbone:
+    """A bundle's model to train on: an adapter is folded in, LoRA adapters drawn from `seed` go on top if asked for."""
     source = Path(bundle).expanduser().absolute()
     if lora is not None and (source / ADAPTER).exists():
         raise UserError(
@@ -160,7 +160,7 @@ def starting_point(bundle: str | Path, lora: LoraConfig | None, dtype: torch.dty
         )
     model: Any = _merged(source, dtype)
     if lora is not None:
-        model = add_lora(model, lora)
+        model = add_lora(model, lora, seed)
     return Backbone(model, ItemSpace.load(source).tokenizer)
 
 
@@ -178,8 +178,8 @@ def _open(bundle: Path, dtype: torch.dtype | None) -> Any:
         base = AutoModelForCausalLM.from_pretrained(name, revision=config.revision, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{bundle}: its adapter belongs to the base {name}, which cannot be loaded: {shortened(error)}; put the base "
-            "back, and fold it in to be free of it: ilrec export BUNDLE OUT --merge"
+            f"{bundle}: its adapter belongs to the base {name}, which cannot be loaded: {shortened(error)}; put it "
+            "back; ilrec export BUNDLE OUT --merge then makes a bundle that needs no base"
         ) from error
     return peft.PeftModel.from_pretrained(base, str(bundle))
 

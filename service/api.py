@@ -7,13 +7,12 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from itertools import islice
 from typing import Any
 
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 
-from recommender.catalogue import Catalogue, normalise_title
+from recommender.catalogue import Catalogue
 from recommender.errors import UserError
 from recommender.recommender import Recommendation, Recommender
 from service import problems, schema
@@ -150,24 +149,8 @@ def resolve(asked: schema.RecommendationRequest, catalogue: Catalogue) -> Query:
 
 def _unknown(text: str, catalogue: Catalogue) -> str:
     message = f"unknown item {text[:80]!r}"
-    close = similar_titles(text, catalogue)
+    close = catalogue.similar_titles(text)
     return message + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
-
-
-def similar_titles(text: str, catalogue: Catalogue, limit: int = 3) -> list[str]:
-    """Titles that share the longest opening with `text`, if that is four characters or more.
-
-    A handful of look-ups in the trie of titles, whatever the catalogue's size: an error may not cost more than an
-    answer.
-    """
-    folded = normalise_title(text[:80]).casefold()
-    for length in range(len(folded), 3, -1):
-        opened = [
-            catalogue.titles[index] for _, (index,) in islice(catalogue.title_index.iteritems(folded[:length]), limit)
-        ]
-        if opened:
-            return opened
-    return []
 
 
 def _json_body(model: type[schema.RecommendationRequest]) -> dict[str, Any]:

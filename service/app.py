@@ -85,8 +85,8 @@ def run(bundle: str | Path, config: ServingConfig, blocking: bool) -> None:
     Args:
         bundle: the directory that `ilrec train` wrote.
         config: the endpoint.
-        blocking: serve until Ctrl-C or SIGTERM, then shut down; else return as soon as requests are answered, and leave the
-            shutting down (`ray.serve.shutdown()`) to the caller.
+        blocking: serve until Ctrl-C or SIGTERM, then shut down; else return as soon as requests are answered, and
+            leave the shutting down (`ray.serve.shutdown()`) to the caller.
 
     Raises:
         UserError: the bundle cannot be served, the port is taken, or Serve runs on this cluster already.

@@ -109,7 +109,7 @@ class Problem(BaseModel):
     """A problem document (RFC 9457), sent as application/problem+json."""
 
     type: str = Field("about:blank", description="The status says it all.")
-    title: str = Field(examples=["Unprocessable Content"])
+    title: str = Field(examples=["Unprocessable Entity"])
     status: int = Field(examples=[422])
     detail: str = Field(examples=["history[1]: unknown item 'Norvik Tent'; did you mean 'Norvik Trail Tent'?"])
     errors: list[FieldError] = Field(default=[], description="The faulty fields, if it is about fields.")

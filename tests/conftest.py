@@ -38,7 +38,7 @@ def tiny_experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
         world=WorldConfig(items=200, users=60, kinds=10, brands=8, uses=3, mean_length=8, min_length=5, max_length=20),
         prompt=PromptConfig(history=8),
         backbone=PresetBackbone(size="tiny", vocabulary=400),
-        training=TrainingConfig(epochs=3, batch_tokens=1200, checkpoint_every=2, patience=3),
+        training=TrainingConfig(epochs=3, batch_tokens=700, checkpoint_every=2, patience=3),
         cluster=ClusterConfig(workers=2, storage=str(tmp_path_factory.mktemp("runs"))),
         evaluation=EvaluationConfig(exclude_seen=True, batch=16, bootstrap=100),
     )

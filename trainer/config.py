@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from recommender.config import StrictModel
 
@@ -50,8 +50,17 @@ class ClusterConfig(StrictModel):
     workers: int = Field(2, ge=1, description="Ray Train workers (data-parallel ranks).")
     gpus_per_worker: float = Field(0, ge=0, description="0 = CPU.")
     cpus_per_worker: float = Field(1, gt=0)
-    storage: str = Field("runs", description="Where runs live: a directory, or a URL that pyarrow can write (s3://…).")
+    storage: str = Field(
+        "runs", description="Directory where runs live; with several machines, one that all of them share (NFS, …)."
+    )
     max_failures: int = Field(2, ge=0, description="Restarts from the latest checkpoint after a worker is lost.")
+
+    @field_validator("storage")
+    @classmethod
+    def _is_a_path(cls, storage: str) -> str:
+        if "://" in storage:
+            raise ValueError("give a directory that all machines share; URLs cannot hold a run yet (mount the bucket)")
+        return storage
 
 
 class EvaluationConfig(StrictModel):

@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
+from recommender.bundle import read_manifest
+from recommender.catalogue import Catalogue
 from recommender.errors import UserError
 from recommender.metrics import bootstrap_interval, metric_values, popularity_ranks
 from recommender.recommender import Recommender
@@ -71,6 +73,11 @@ def evaluate(
     targets = held_out(dataset, split, limit)
     if not len(targets):
         raise UserError(f"{dataset_dir}: the {split} split has no targets")
+    read_manifest(bundle)
+    if dataset.item_ids != Catalogue.load(bundle).item_ids:
+        raise UserError(
+            f"{bundle}: its catalogue is not the one of {dataset_dir}; prepare the data that it was made for"
+        )
     connect()
     k = max(config.cutoffs)
     started = time.monotonic()
@@ -166,12 +173,7 @@ class _RankingWorker:
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         self._recommender = Recommender.load(bundle, device)
-        dataset = Dataset.load(Path(dataset_dir))
-        if dataset.item_ids != self._recommender.catalogue.item_ids:
-            raise UserError(
-                f"{bundle}: its catalogue is not the one of {dataset_dir}; prepare the data that it was made for"
-            )
-        self._targets = held_out(dataset, split, limit)
+        self._targets = held_out(Dataset.load(dataset_dir), split, limit)
 
     def rank(self, at: np.ndarray, k: int, exclude_seen: bool, batch: int) -> Ranking:
         return ranks_of(self._recommender, self._targets.take(at), k, exclude_seen, batch)
@@ -194,6 +196,15 @@ def _write_per_target(
     pq.write_table(table, path)
 
 
+def _read_per_target(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=["user_id", "target_item_id", "rank"])
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{path}: not the per-target file of an evaluation (<run>/evaluation/<split>.parquet): {error}"
+        ) from None
+
+
 def compare(first: Path, second: Path, metric: str = "NDCG@10", resamples: int = 10_000) -> dict[str, Any]:
     """Paired bootstrap of the difference of two evaluations of the same targets (`<split>.parquet` files).
 
@@ -201,9 +212,9 @@ def compare(first: Path, second: Path, metric: str = "NDCG@10", resamples: int =
         means of both, their difference and its 95 % interval.
 
     Raises:
-        UserError: the two did not rank the same targets.
+        UserError: the two did not rank the same targets, or one of them cannot be read.
     """
-    tables = [pq.read_table(path) for path in (first, second)]
+    tables = [_read_per_target(path) for path in (first, second)]
     for column in ("user_id", "target_item_id"):
         if not tables[0][column].equals(tables[1][column]):
             raise UserError(f"{first} and {second} did not rank the same targets; evaluate both on the same split")

@@ -45,7 +45,10 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
         UserError: the directory holds another config's run, the cluster is too small, or training stopped for a reason
             that the user can mend.
     """
-    claim(experiment, Dataset.load(prepared / "dataset").fingerprint, fresh)
+    dataset = Dataset.load(prepared / "dataset")
+    if not len(dataset.targets["validation"].position):
+        raise UserError("data: there is no validation target, and the best epoch is chosen on them; add data")
+    claim(experiment, dataset.fingerprint, fresh)
     log = experiment.run_dir / "train.log"
     connect()
     check_resources(experiment)

@@ -129,10 +129,10 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
 
 def starting_backbone(experiment: Experiment, space: ItemSpace) -> Backbone:
     """The backbone before its first step: of `init_from`'s bundle, or as `backbone` says. Equal on all ranks."""
-    dtype = dtype_of(experiment.training.precision)
+    dtype, seed = dtype_of(experiment.training.precision), experiment.training.seed
     if experiment.init_from is None:
-        return load_backbone(experiment.backbone, space.tokenizer, dtype, experiment.training.seed)
-    return starting_point(experiment.init_from, experiment.backbone.lora, dtype)
+        return load_backbone(experiment.backbone, space.tokenizer, dtype, seed)
+    return starting_point(experiment.init_from, experiment.backbone.lora, dtype, seed)
 
 
 def check_context(backbone: Backbone, rows: TrainingRows) -> None:

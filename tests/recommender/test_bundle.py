@@ -152,7 +152,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path, made: bool) -> None:
     directory = tmp_path / "elsewhere"
     if made:
         directory.mkdir()
-    with pytest.raises(UserError, match="elsewhere: not a bundle .* `ilrec train` writes one"):
+    with pytest.raises(UserError, match=r"elsewhere: not a bundle .* `ilrec train` writes one"):
         Recommender.load(directory)
 
 
@@ -236,6 +236,17 @@ def test_training_may_go_on_from_an_adapter_bundle_with_all_weights(adapted: Pat
     Recommender(ItemSpace.load(adapted), backbone, Manifest(name="whole")).save(tmp_path / "whole")
     expected = BruteForce(adapted).scores([3, 50])
     np.testing.assert_allclose(BruteForce(tmp_path / "whole").scores([3, 50]), expected, atol=1e-4)
+
+
+def test_adapters_are_drawn_from_the_seed(tiny_bundle: Path) -> None:
+    first, again, other = (
+        dict(starting_point(tiny_bundle, LoraConfig(), torch.float32, seed).model.named_parameters())
+        for seed in (1, 1, 2)
+    )
+    drawn = [name for name in first if "lora_A" in name]
+    assert drawn
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in drawn)
 
 
 def test_adapters_over_an_adapter_bundle_are_refused(adapted: Path) -> None:

@@ -130,13 +130,31 @@ def run_case(experiment: str, prepared: str, directory: str, resume_from: str | 
     return {**answer, "losses": losses}
 
 
-def many_cases(config: dict[str, Any], cases: dict[str, dict[str, Any]], losses: str) -> dict[str, Any]:
-    """Run all cases, then the experiment of the launch itself."""
-    from trainer.worker import train_worker
+def many_cases(config: dict[str, Any], cases: dict[str, dict[str, Any]], answers: str) -> dict[str, Any]:
+    """Run all cases, then the experiment of the launch itself, in whose fourth step rank 1 has an infinite loss."""
+    from torch import distributed as dist
 
-    answers = {name: run_case(**case) for name, case in cases.items()}
-    Path(losses).write_text(json.dumps(answers))
-    return train_worker(config)
+    from trainer import worker
+
+    found = {name: run_case(**case) for name, case in cases.items()}
+    Path(answers).write_text(json.dumps(found))
+    build, calls = worker.build_objective, 0
+
+    def build_broken(*arguments: Any) -> Any:
+        objective = build(*arguments)
+        losses = objective.losses
+
+        def broken(*arguments: Any) -> dict[str, Tensor]:
+            nonlocal calls
+            calls += 1
+            values = losses(*arguments)
+            return {"loss": values["loss"] * (float("inf") if calls == 4 and dist.get_rank() == 1 else 1.0)}
+
+        objective.losses = broken
+        return objective
+
+    worker.build_objective = build_broken
+    return worker.train_worker(config)
 
 
 # ---- The launches ----------------------------------------------------------------------------------------------------
@@ -197,7 +215,7 @@ def new_interactions(experiment: Experiment, tiny_prepared: Path) -> Interaction
 def cases(
     undisturbed: Experiment, experiment: Experiment, tiny_prepared: Path, new_interactions: InteractionsData
 ) -> dict[str, Any]:
-    """Many small runs in one launch of two workers; the launch's own experiment is one that blows up."""
+    """Many small runs in one launch of two workers; the launch's own experiment is one that breaks."""
     bundle = str(undisturbed.run_dir / "bundle")
     directory = experiment.run_dir.parent / "cases"
     directory.mkdir()
@@ -209,7 +227,7 @@ def cases(
     lora = changed(
         experiment,
         init_from=bundle,
-        backbone={"lora": LoraConfig(rank=4, dropout=0.1)},
+        backbone={"lora": LoraConfig(rank=4, dropout=0.1)},  # of which every rank draws its own
         training={"epochs": 1, "learning_rate": 1e-2},
     )
     grown = prepare(more, quiet)
@@ -235,19 +253,16 @@ def cases(
         "zero 3": case("zero3", changed(experiment, training={"zero_stage": 3})),
         "lora, zero 3": case("lora3", changed(lora, training={"zero_stage": 3})),
     }
-    explosive = changed(
-        experiment, name="explosive", training={"learning_rate": 1e30, "gradient_clipping": 0.0, "warmup": 0.0}
-    )
+    broken = changed(experiment, name="broken")
     answers = directory / "answers.json"
     with pytest.raises(UserError) as refusal:
-        train_with(partial(many_cases, cases=runs, losses=str(answers)), explosive, tiny_prepared)
+        train_with(partial(many_cases, cases=runs, answers=str(answers)), broken, tiny_prepared)
     return {
         **json.loads(answers.read_text()),
         "directory": directory,
         "refusal": str(refusal.value),
-        "explosive": explosive,
+        "broken": broken,
         "lora experiment": lora,
-        "grown": grown,
     }
 
 
@@ -289,7 +304,7 @@ def test_training_learns_and_moves_weights(undisturbed: Experiment, tiny_bundle:
 
 def test_accumulation_changes_nothing(undisturbed: Experiment, cases: dict[str, Any]) -> None:
     at = cases["directory"] / "accumulation" / f"step-{STEPS}"
-    assert farthest(weights(at), weights(last(undisturbed))) < 1e-5
+    assert farthest(weights(at), weights(last(undisturbed))) < 3e-5  # 18 steps of Adam
     assert_same_curve(curve(at), curve(last(undisturbed)))
 
 
@@ -365,8 +380,7 @@ def test_training_starts_from_the_bundle_s_weights(undisturbed: Experiment, case
     at = max(cases["directory"].glob("stale/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     kept = {n.removeprefix("weight/model."): w for n, w in weights(at).items() if n.startswith("weight/")}
     assert farthest(kept, bundle) < 1e-6
-    assert cases["more"]["losses"][0] < 0.9 * cases["scratch"]["losses"][0]
-    assert Dataset.load(cases["grown"] / "dataset").fingerprint
+    assert cases["more"]["losses"][0] == cases["stale"]["losses"][0] < cases["scratch"]["losses"][0] - 0.05
 
 
 @pytest.mark.parametrize("name", ["lora", "lora3"])
@@ -399,11 +413,13 @@ def test_adapters_learn_alike_under_zero_2_and_3(cases: dict[str, Any]) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_reason(cases: dict[str, Any]) -> None:
-    assert "is not finite" in cases["refusal"]
+    assert "the loss of step 3 is not finite" in cases["refusal"]
     assert "Lower training.learning_rate" in cases["refusal"]
-    log = (cases["explosive"].run_dir / "train.log").read_text()
+    log = (cases["broken"].run_dir / "train.log").read_text()
     assert log.count("steps an epoch") == 1  # not tried again
     assert "resumed" not in log
+    checkpoints = cases["broken"].run_dir / "ray"
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000002"]
 
 
 # ---- What is refused before any worker starts ------------------------------------------------------------------------

@@ -1,0 +1,97 @@
+"""Batches: who is searched with whom, what a failing or a departed query does to its neighbours."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from service.batching import Batcher
+
+
+class Squares:
+    """Squares numbers, once its gate is open; 0 fails. Remembers its batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.gate = threading.Event()
+
+    def __call__(self, queries: list[int]) -> list[int]:
+        self.gate.wait(10)
+        self.batches.append(queries)
+        if 0 in queries:
+            raise ValueError("zero")
+        return [query * query for query in queries]
+
+
+async def submit_while_busy(
+    batcher: Batcher[int, int], squares: Squares, queries: list[int]
+) -> list[asyncio.Task[int]]:
+    """Occupy the thread with 100, queue `queries` behind it."""
+    tasks = [asyncio.create_task(batcher.submit(100))]
+    await asyncio.sleep(0.05)
+    tasks += [asyncio.create_task(batcher.submit(query)) for query in queries]
+    await asyncio.sleep(0.05)
+    return tasks
+
+
+def test_what_waits_is_answered_together_in_order() -> None:
+    async def main() -> None:
+        squares = Squares()
+        batcher = Batcher(squares, max_size=4)
+        async with batcher.running():
+            tasks = await submit_while_busy(batcher, squares, [1, 2, 3, 4, 5, 6])
+            squares.gate.set()
+            assert await asyncio.gather(*tasks) == [10_000, 1, 4, 9, 16, 25, 36]
+        assert squares.batches == [[100], [1, 2, 3, 4], [5, 6]]
+
+    asyncio.run(main())
+
+
+def test_a_failing_query_fails_alone() -> None:
+    async def main() -> None:
+        squares = Squares()
+        batcher = Batcher(squares, max_size=8)
+        async with batcher.running():
+            tasks = await submit_while_busy(batcher, squares, [1, 0, 3])
+            squares.gate.set()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [results[i] for i in (0, 1, 3)] == [10_000, 1, 9]
+            assert isinstance(results[2], ValueError)
+            assert await batcher.submit(5) == 25
+
+    asyncio.run(main())
+
+
+def test_a_query_whose_client_left_is_not_computed() -> None:
+    async def main() -> None:
+        squares = Squares()
+        batcher = Batcher(squares, max_size=8)
+        async with batcher.running():
+            tasks = await submit_while_busy(batcher, squares, [1, 2, 3])
+            tasks[0].cancel()  # this one is being computed
+            tasks[2].cancel()
+            squares.gate.set()
+            assert await asyncio.gather(tasks[1], tasks[3]) == [1, 9]
+            with pytest.raises(asyncio.CancelledError):
+                await tasks[2]
+        assert squares.batches == [[100], [1, 3]]
+
+    asyncio.run(main())
+
+
+def test_waiting_for_company_lets_a_burst_become_one_batch() -> None:
+    async def main(wait_seconds: float) -> list[list[int]]:
+        squares = Squares()
+        squares.gate.set()
+        batcher = Batcher(squares, max_size=3, wait_seconds=wait_seconds)
+        async with batcher.running():
+            first = asyncio.create_task(batcher.submit(1))
+            await asyncio.sleep(0.05)
+            second = asyncio.create_task(batcher.submit(2))
+            assert await asyncio.gather(first, second) == [1, 4]
+        return squares.batches
+
+    assert asyncio.run(main(wait_seconds=0.3)) == [[1, 2]]
+    assert asyncio.run(main(wait_seconds=0.0)) == [[1], [2]]

@@ -1,0 +1,265 @@
+"""The command line as a person meets it: processes of their own, their output and their exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from recommender.recommender import Recommender
+from trainer.experiment import Experiment, load_experiment
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
+VERBS = ["simulate", "prepare", "train", "evaluate", "recommend", "serve", "export", "schema", "demo"]
+HEAVY = {"torch", "transformers", "ray", "deepspeed", "pyarrow", "peft"}
+
+# Runs the command line and then says, on a line of its own, what it has imported.
+PROBE = """
+import sys, atexit
+atexit.register(lambda: print("imported:", *sorted({name.partition(".")[0] for name in sys.modules})))
+import ilrec
+ilrec.main()
+"""
+
+
+def ilrec(*arguments: str, status: int = 0) -> str:
+    """Its output, both streams; asserts the status and that there is no traceback."""
+    environment = {"COLUMNS": "120", "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    text = done.stdout + done.stderr
+    assert done.returncode == status, text
+    assert "Traceback" not in text
+    return text
+
+
+def imported(text: str) -> set[str]:
+    return set(re.findall(r"^imported: (.*)$", text, re.MULTILINE)[0].split())
+
+
+def without_probe(text: str) -> str:
+    return re.sub(r"^imported: .*\n", "", text, flags=re.MULTILINE)
+
+
+def test_help_teaches_a_first_run() -> None:
+    text = ilrec("--help")
+    for verb in VERBS:
+        assert re.search(rf"^\s+{verb}\s", text, re.MULTILINE)
+    assert "ilrec train configs/demo.yaml" in text
+    assert not HEAVY & imported(text)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_teaches_by_example(verb: str) -> None:
+    text = ilrec(verb, "--help")
+    assert re.search(rf"^  ilrec {verb}\b", text, re.MULTILINE)
+    assert "\b" not in text
+    assert not HEAVY & imported(text)
+
+
+def test_no_verb_is_help() -> None:
+    assert "Usage:" in ilrec(status=2)
+
+
+def test_an_unknown_verb_is_refused() -> None:
+    assert "'trian'" in ilrec("trian", status=2)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text("name: my\nworld: {}\n")
+    return path
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train", "evaluate", "demo"])
+def test_a_misspelt_key_is_refused_by_name_before_anything_heavy(config: Path, verb: str) -> None:
+    config.write_text("name: my\nworld: {}\ntraining:\n  epochs: 3\n  learning_rat: 0.1\nclustr: {}\n")
+    text = ilrec(verb, str(config), status=2)
+    assert f"error: {config}:" in text
+    assert "training.learning_rat: unknown field; did you mean 'learning_rate'?" in text
+    assert "clustr: unknown field; did you mean 'cluster'?" in text
+    assert not HEAVY & imported(text)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.epoch=3", "training.epoch: unknown field; did you mean 'epochs'?"),
+        ("training.epochs=many", "training.epochs: Input should be a valid integer"),
+        ("training.epochs=0", "training.epochs: Input should be greater than or equal to 1 (given: 0)"),
+        ("training.epochs", "--set training.epochs: write it as section.field=value"),
+        ("=3", "--set =3: write it as section.field=value"),
+        ("training..epochs=3", "write it as section.field=value"),
+        ("training.epochs=[3", "'[3' is not a YAML value"),
+        ("training=3", "training: "),
+        ("objective.kind=msls", "objective"),
+        ("backbone.sizes=tiny", "sizes: unknown field; did you mean 'size'?"),
+        ("name=../up", "name: "),
+    ],
+)
+def test_a_bad_override_is_refused(config: Path, override: str, says: str) -> None:
+    text = ilrec("train", str(config), "--set", override, status=2)
+    assert "error: " in text
+    assert says in text
+    assert not HEAVY & imported(text)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "holds no experiment; it should open with `name: …`"),
+        ("- a\n", "holds no experiment"),
+        ("name: [\n", "not valid YAML"),
+        ("name: my\n", "give either `data` (your files) or `world` (a simulated one)"),
+        ("name: my\nworld: {}\nstorage: ${NOWHERE}\n", "the environment variable NOWHERE is not set"),
+        ("name: my\nworld: {items: 10000000}\n", "world.items: Input should be less than or equal to 2000000"),
+        ("name: my\nworld: {}\nbackbone: {kind: preset, lora: {}}\n", "need `init_from`"),
+    ],
+)
+def test_a_bad_config_is_refused(config: Path, content: str, says: str) -> None:
+    config.write_text(content)
+    assert says in ilrec("train", str(config), status=2)
+
+
+def test_a_missing_file_is_named() -> None:
+    assert "error: nowhere.yaml: no such file" in ilrec("train", "nowhere.yaml", status=2)
+
+
+def test_a_directory_is_no_config(tmp_path: Path) -> None:
+    assert f"error: {tmp_path}: cannot be read" in ilrec("train", str(tmp_path), status=2)
+
+
+def test_missing_data_are_named(config: Path, tmp_path: Path) -> None:
+    config.write_text("name: my\ndata: {format: interactions, interactions: no.csv, items: no.jsonl}\n")
+    text = ilrec("prepare", str(config), "--set", f"cluster.storage={tmp_path}/runs", status=2)
+    assert re.search(r"error: .*no\.(csv|jsonl)", text)
+
+
+def test_evaluate_says_what_is_missing(config: Path, tmp_path: Path) -> None:
+    storage = f"cluster.storage={tmp_path}/runs"
+    assert "--split tset: choose test or validation" in ilrec("evaluate", str(config), "--split", "tset", status=2)
+    assert "ilrec prepare" in ilrec("evaluate", str(config), "--set", storage, status=2)
+
+
+def test_schema_accepts_what_the_program_accepts(config: Path) -> None:
+    text = ilrec("schema")
+    assert not HEAVY & imported(text)
+    schema = json.loads(without_probe(text))
+    jsonschema = pytest.importorskip("jsonschema")
+    validator = jsonschema.validators.validator_for(schema)
+    validator.check_schema(schema)
+    for path in CONFIGS:
+        validator(schema).validate(yaml.safe_load(path.read_text()))
+    with pytest.raises(jsonschema.ValidationError):
+        validator(schema).validate({"name": "my", "world": {}, "trainin": {}})
+
+
+def test_schema_describes_every_section() -> None:
+    schema = Experiment.model_json_schema()
+    assert set(schema["properties"]) == set(Experiment.model_fields)
+    for section in ("TrainingConfig", "ClusterConfig", "PromptConfig", "SearchConfig", "WorldConfig"):
+        assert schema["$defs"][section]["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_are_valid(path: Path) -> None:
+    assert load_experiment(path).name
+    assert load_experiment(path, ["training.epochs=7"]).training.epochs == 7
+
+
+def test_variables_are_expanded(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.write_text("name: ${WHO}\nworld: {}\ncluster: {storage: '${WHERE:-runs/a}'}\n")
+    monkeypatch.setenv("WHO", "me")
+    monkeypatch.delenv("WHERE", raising=False)
+    experiment = load_experiment(config)
+    assert (experiment.name, experiment.cluster.storage) == ("me", "runs/a")
+
+
+def test_simulate_takes_settings(tmp_path: Path) -> None:
+    sizes = ["--set", "items=60", "--set", "users=20", "--set", "kinds=5", "--set", "brands=4"]
+    shape = ["--set", "mean_length=6", "--set", "max_length=10"]
+    text = ilrec("simulate", str(tmp_path / "world"), *sizes, *shape)
+    assert "60 items, 20 users" in text
+    assert json.loads((tmp_path / "world" / "world.json").read_text())["items"] == 60
+    assert not {"torch", "ray", "transformers"} & imported(text)
+    refused = ilrec("simulate", str(tmp_path / "world"), "--set", "item=60", status=2)
+    assert "item: unknown field; did you mean 'items'?" in refused
+
+
+# ---- recommend -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recommender(tiny_bundle: Path) -> Recommender:
+    return Recommender.load(tiny_bundle)
+
+
+def listed(text: str) -> list[tuple[str, ...]]:
+    """Rank, score, item id and title of every printed line."""
+    return re.findall(r"^ *(\d+) +(-?\d+\.\d+)  (\S+)  (.+)$", text, re.MULTILINE)
+
+
+def test_recommend_prints_k_lines(tiny_bundle: Path, recommender: Recommender) -> None:
+    catalogue = recommender.catalogue
+    history = f"{catalogue.titles[3].upper()} ; {catalogue.item_ids[50]};"
+    text = ilrec("recommend", str(tiny_bundle), "--history", history, "-k", "4")
+    expected = recommender.recommend([[3, 50]], 4, [{3, 50}])[0]
+    rows: list[Any] = [
+        (str(rank), f"{score:.3f}", catalogue.item_ids[item], catalogue.titles[item])
+        for rank, (item, score) in enumerate(zip(expected.items, expected.scores, strict=True), 1)
+    ]
+    assert listed(text) == rows
+    assert "exact: this is the true top-K" in text
+    assert not {"ray", "deepspeed"} & imported(text)
+
+
+def test_recommend_says_what_is_left(tiny_bundle: Path) -> None:
+    text = ilrec("recommend", str(tiny_bundle), "--history", "i7;i8", "-k", "300")
+    assert len(listed(text)) == 198
+    assert "only 198 items are left" in text
+    seen = ilrec("recommend", str(tiny_bundle), "--history", "i7;i8", "-k", "300", "--seen")
+    assert len(listed(seen)) == 200
+
+
+def test_an_unknown_title_is_refused_with_one_like_it(tiny_bundle: Path, recommender: Recommender) -> None:
+    title = recommender.catalogue.titles[3]
+    text = ilrec("recommend", str(tiny_bundle), "--history", f"i7; {title[:-1]}x", status=2)
+    assert "error: history: 1 of 2 items are not in the catalogue" in text
+    assert f"did you mean {title!r}?" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--history", " ; "], "--history is empty"),
+        (["--history", "i7", "-k", "0"], "0"),
+        ([], "--history"),
+    ],
+)
+def test_bad_requests_are_refused(tiny_bundle: Path, arguments: list[str], says: str) -> None:
+    assert says in ilrec("recommend", str(tiny_bundle), *arguments, status=2)
+
+
+def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    for arguments in (["recommend", str(tmp_path), "--history", "i7"], ["export", str(tmp_path), "out", "--merge"]):
+        assert f"error: {tmp_path}: not a bundle" in ilrec(*arguments, status=2)
+
+
+def test_export_says_what_to_do(tiny_bundle: Path, tmp_path: Path) -> None:
+    assert "--merge" in ilrec("export", str(tiny_bundle), str(tmp_path / "out"), status=2)
+    assert "no adapter to merge" in ilrec("export", str(tiny_bundle), str(tmp_path / "out"), "--merge", status=2)

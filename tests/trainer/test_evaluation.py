@@ -1,0 +1,227 @@
+"""Evaluation against brute force: ranks, means, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from recommender.errors import UserError
+from recommender.recommender import Recommendation, Recommender
+from tests.brute_force import BruteForce
+from trainer.config import ClusterConfig, EvaluationConfig
+from trainer.data.dataset import Dataset
+from trainer.evaluation import Report, compare, evaluate
+from trainer.ranking import HeldOut, held_out, ranks_of
+
+K = 20
+BRUTE = range(4)  # targets that are ranked by brute force
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_prepared: Path) -> Dataset:
+    return Dataset.load(tiny_prepared / "dataset")
+
+
+@pytest.fixture(scope="module")
+def recommender(tiny_bundle: Path) -> Recommender:
+    return Recommender.load(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def force(tiny_bundle: Path) -> BruteForce:
+    return BruteForce(tiny_bundle)
+
+
+@pytest.fixture(scope="module")
+def report(ray_cluster: None, tiny_bundle: Path, tiny_prepared: Path, out: Path) -> Report:
+    """The test split on two workers in batches of 7."""
+    config = EvaluationConfig(batch=7, bootstrap=100, exclude_seen=True)
+    return evaluate(
+        tiny_bundle, tiny_prepared / "dataset", "test", out, config, ClusterConfig(workers=2), lambda text: None
+    )
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("evaluation")
+
+
+def test_held_out_targets_are_those_of_the_protocol(dataset: Dataset) -> None:
+    """Leave one out: the last item of each user is the test target, the one before it validation."""
+    test, validation = held_out(dataset, "test"), held_out(dataset, "validation")
+    assert len(test) == len(validation) == len(dataset.users)
+    for user in range(len(dataset.users)):
+        items = dataset.flat_items[dataset.offsets[user] : dataset.offsets[user + 1]].tolist()
+        assert [*test.histories[user].tolist(), test.targets[user]] == items
+        assert [*validation.histories[user].tolist(), validation.targets[user]] == items[:-1]
+
+
+def test_a_sample_of_targets_is_seeded_and_keeps_their_order(dataset: Dataset) -> None:
+    few, again, other = (held_out(dataset, "test", 10, seed) for seed in (0, 0, 1))
+    assert few.numbers.tolist() == again.numbers.tolist() == sorted(set(few.numbers.tolist()))
+    assert len(few) == 10
+    assert few.numbers.tolist() != other.numbers.tolist()
+    whole = held_out(dataset, "test")
+    assert few.targets.tolist() == whole.targets[few.numbers].tolist()
+    assert [h.tolist() for h in few.histories] == [whole.histories[n].tolist() for n in few.numbers]
+
+
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_ranks_are_those_of_brute_force(
+    recommender: Recommender, force: BruteForce, dataset: Dataset, exclude_seen: bool
+) -> None:
+    split = held_out(dataset, "test").take(np.array(BRUTE))
+    # The model's random weights rank true targets anywhere; so also ask for items that lie in the lists.
+    liked = [int(np.argsort(-force.scores(history))[9]) for history in split.histories]
+    both = HeldOut(
+        np.concatenate([split.numbers] * 2), split.histories * 2, np.concatenate([split.targets, np.array(liked)])
+    )
+    ranking = ranks_of(recommender, both, K, exclude_seen, batch=5)
+    assert ranking.exact.all()
+    assert ranking.invalid == 0
+    assert (ranking.expansions > 0).all()
+    for at, (history, target) in enumerate(zip(both.histories, both.targets, strict=True)):
+        seen = set(history.tolist()) if exclude_seen else set()
+        rank = force.rank(history, target, seen)
+        expected = rank if rank <= K and target not in seen else 0
+        assert ranking.ranks[at] == expected
+    assert (ranking.ranks > 0).sum() >= len(liked) - 2
+
+
+def test_ranks_do_not_depend_on_batches(recommender: Recommender, dataset: Dataset) -> None:
+    split = held_out(dataset, "test")
+    one, many = (ranks_of(recommender, split, K, True, batch) for batch in (1, 60))
+    assert one.ranks.tolist() == many.ranks.tolist()
+
+
+class Careless:
+    """Lists whatever it is told to."""
+
+    def __init__(self, lists: list[list[int]]) -> None:
+        self.catalogue = range(10)
+        self.lists = lists
+
+    def recommend(
+        self, histories: Sequence[Sequence[int]], k: int, exclude: Sequence[Collection[int]] | None
+    ) -> list[Recommendation]:
+        return [Recommendation(items, [0.0] * len(items), False, 1) for items in self.lists]
+
+
+def test_invalid_items_are_counted() -> None:
+    lists = [[1, 2, 3], [1, 1, 1], [10, -1, 4], [7, 8, 9]]
+    split = HeldOut(np.arange(4), [np.array([7, 8])] * 4, np.array([3, 1, 5, 9]))
+    careless = Careless(lists)
+    assert ranks_of(careless, split, 3, True, 4).invalid == 0 + 2 + 2 + 2  # type: ignore[arg-type]
+    ranking = ranks_of(careless, split, 3, False, 4)  # type: ignore[arg-type]
+    assert ranking.invalid == 0 + 2 + 2 + 0
+    assert ranking.ranks.tolist() == [3, 1, 0, 3]
+    assert not ranking.exact.any()
+
+
+def test_report_files_and_brute_force_agree(
+    report: Report, out: Path, dataset: Dataset, recommender: Recommender, force: BruteForce
+) -> None:
+    table = pq.read_table(out / "test.parquet")
+    assert table["user_id"].to_pylist() == dataset.users
+    split = held_out(dataset, "test")
+    assert table["target_item_id"].to_pylist() == [dataset.item_ids[t] for t in split.targets]
+    ranks = table["rank"].to_pylist()
+    assert ranks == ranks_of(recommender, split, K, True, 16).ranks.tolist()
+    for at in BRUTE:
+        rank = force.rank(split.histories[at], split.targets[at], set(split.histories[at].tolist()))
+        assert ranks[at] == (rank if rank <= K else 0)
+    saved = json.loads((out / "test.json").read_text())
+    for system, column in (("model", ranks), ("most_popular", table["most_popular_rank"].to_pylist())):
+        for cutoff in (1, 5, 10, 20):
+            hits = [1 <= rank <= cutoff for rank in column]
+            gains = [hit / math.log2(rank + 1) if hit else 0.0 for hit, rank in zip(hits, column, strict=True)]
+            for name, values in ((f"HR@{cutoff}", hits), (f"NDCG@{cutoff}", gains)):
+                mean = sum(values) / len(values)
+                assert report.metrics[system][name] == saved["metrics"][system][name] == pytest.approx(mean)
+                low, high = report.intervals[system][name]
+                assert low <= mean <= high
+    assert report.targets == saved["targets"] == len(dataset.users)
+    assert report.invalid_rate == 0
+    assert report.exact_rate == 1
+    assert report.expansions > 0
+
+
+def test_most_popular_is_counted_on_what_training_sees(report: Report, out: Path, dataset: Dataset) -> None:
+    """Each user's items but the last two; bought items are not ranked; ties in catalogue order."""
+    split = held_out(dataset, "test")
+    counts = np.zeros(len(dataset.item_ids), int)
+    for history in split.histories:
+        np.add.at(counts, history[:-1], 1)
+    ranks = pq.read_table(out / "test.parquet")["most_popular_rank"].to_pylist()
+    for history, target, rank in zip(split.histories, split.targets, ranks, strict=True):
+        left = [i for i in range(len(counts)) if i not in set(history.tolist())]
+        assert rank == 1 + sorted(left, key=lambda i: (-counts[i], i)).index(target)
+
+
+def test_difference_to_most_popular_is_paired(report: Report) -> None:
+    for name, (low, high) in report.difference.items():
+        mean = report.metrics["model"][name] - report.metrics["most_popular"][name]
+        assert low <= mean <= high
+
+
+def test_compare(report: Report, out: Path, tmp_path: Path) -> None:
+    mine = out / "test.parquet"
+    same = compare(mine, mine)
+    assert same["difference"] == 0
+    assert same["interval"] == (0, 0)
+    table = pq.read_table(mine)
+    perfect = table.set_column(table.column_names.index("rank"), "rank", pa.array(np.ones(len(table), np.int64)))
+    pq.write_table(perfect, tmp_path / "perfect.parquet")
+    found = compare(tmp_path / "perfect.parquet", mine)
+    assert found["first"] == 1
+    assert found["second"] == pytest.approx(report.metrics["model"]["NDCG@10"])
+    assert found["difference"] == pytest.approx(1 - report.metrics["model"]["NDCG@10"])
+    low, high = found["interval"]
+    assert 0 < low <= found["difference"] <= high <= 1
+    hits = compare(tmp_path / "perfect.parquet", mine, "HR@5")
+    assert hits["second"] == pytest.approx(report.metrics["model"]["HR@5"])
+
+
+def test_compare_refuses_other_targets(report: Report, out: Path, tmp_path: Path) -> None:
+    table = pq.read_table(out / "test.parquet")
+    pq.write_table(table.slice(1), tmp_path / "fewer.parquet")
+    pq.write_table(table.take(list(range(len(table)))[::-1]), tmp_path / "turned.parquet")
+    for name in ("fewer", "turned"):
+        with pytest.raises(UserError, match="did not rank the same targets; evaluate both on the same split"):
+            compare(out / "test.parquet", tmp_path / f"{name}.parquet")
+
+
+def test_compare_refuses_what_is_no_evaluation(report: Report, out: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.parquet"):
+        compare(out / "test.parquet", tmp_path / "nothing.parquet")
+    (tmp_path / "text.parquet").write_text("no")
+    with pytest.raises(UserError, match=r"text\.parquet"):
+        compare(out / "test.parquet", tmp_path / "text.parquet")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(UserError, match=r"other\.parquet"):
+        compare(out / "test.parquet", tmp_path / "other.parquet")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_bundle_of_another_catalogue_is_refused(
+    tiny_bundle: Path, tiny_prepared: Path, tmp_path: Path, dataset: Dataset
+) -> None:
+    import shutil
+
+    other = shutil.copytree(tiny_prepared / "dataset", tmp_path / "dataset")
+    table = pq.read_table(other / "items.parquet")
+    ids = pa.array([f"x{i}" for i in range(len(table))])
+    pq.write_table(table.set_column(table.column_names.index("item_id"), "item_id", ids), other / "items.parquet")
+    arguments = ("test", tmp_path / "out", EvaluationConfig(), ClusterConfig(workers=1), lambda text: None)
+    with pytest.raises(UserError, match="its catalogue is not the one of"):
+        evaluate(tiny_bundle, other, *arguments)
+    with pytest.raises(UserError, match="not a bundle"):
+        evaluate(tmp_path / "nowhere", other, *arguments)
+    assert not (tmp_path / "out").exists()
