@@ -153,12 +153,12 @@ def recommend(
     ilrec recommend runs/demo/bundle --history "Norvik Trail Tent; Norvik Sleeping Bag"
     ilrec recommend runs/office/bundle --history "12; 431; 77" -k 5
     """
-    from recommender.recommender import Recommender
-
-    recommender = Recommender.load(bundle)
     texts = [text.strip() for text in history.split(";") if text.strip()]
     if not texts:
         raise UserError('--history is empty; give ids or titles parted by ";"')
+    from recommender.recommender import Recommender
+
+    recommender = Recommender.load(bundle)
     items = recommender.catalogue.indices_of(texts)
     answer = recommender.recommend([items], k, None if seen else [set(items)])[0]
     for rank, (item, score) in enumerate(zip(answer.items, answer.scores, strict=True), 1):

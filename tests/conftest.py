@@ -13,7 +13,8 @@ from trainer.config import ClusterConfig, EvaluationConfig, TrainingConfig
 from trainer.experiment import Experiment
 from trainer.simulator_config import WorldConfig
 
-# Before anything imports Ray, which reads them once.
+# Before anything imports torch and Ray, which read them once. The tensors are tiny: threads would only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
@@ -38,7 +39,7 @@ def tiny_experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
         world=WorldConfig(items=200, users=60, kinds=10, brands=8, uses=3, mean_length=8, min_length=5, max_length=20),
         prompt=PromptConfig(history=8),
         backbone=PresetBackbone(size="tiny", vocabulary=400),
-        training=TrainingConfig(epochs=3, batch_tokens=700, checkpoint_every=2, patience=3),
+        training=TrainingConfig(epochs=3, batch_tokens=700, learning_rate=1e-3, checkpoint_every=2, patience=3),
         cluster=ClusterConfig(workers=2, storage=str(tmp_path_factory.mktemp("runs"))),
         evaluation=EvaluationConfig(exclude_seen=True, batch=16, bootstrap=100),
     )

@@ -122,11 +122,15 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
     """One line for a validation error: the field, what is wrong and, for a misspelt key, what may have been meant."""
     path = [str(part) for part in error["loc"]]
     field = ".".join(path)
+    if error["type"] == "union_tag_not_found":
+        tag = error["ctx"]["discriminator"].strip("'")
+        tags = [get_args(member.model_fields[tag].annotation)[0] for member in _models_at(model, path)]
+        return f"  {field}: say which {tag}: {' or '.join(tags)} (given: {_shown(error['input'])})"
     if error["type"] != "extra_forbidden":
         return (
             f"  {field or 'experiment'}: {error['msg'].removeprefix('Value error, ')} (given: {_shown(error['input'])})"
         )
-    known = _fields(model, path[:-1])
+    known = [name for member in _models_at(model, path[:-1]) for name in member.model_fields]
     close = difflib.get_close_matches(path[-1], known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(known))}"
     return f"  {field}: unknown field; {hint}"
@@ -137,15 +141,15 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _fields(root: type[BaseModel], path: list[str]) -> list[str]:
-    """Fields of the model that `path` leads to; of all members where a union stands."""
+def _models_at(root: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
+    """The model that `path` leads to; all members where a union stands."""
     models = [root]
     for part in path:
         found = [
             m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
         ]
         models = found or models  # a union's tag is no field: stay
-    return [name for model in models for name in model.model_fields]
+    return models
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

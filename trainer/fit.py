@@ -64,7 +64,7 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
     )
     if best is None:
         raise UserError(f"{experiment.run_dir}: the run has no validated checkpoint; see the messages above")
-    history = json.loads(best[1]["history"])
+    history = json.loads(result.metrics["history"])  # of the last epoch, so of all of them
     return export(experiment, prepared, best[0], best[1], history)
 
 

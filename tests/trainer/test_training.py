@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -196,6 +197,17 @@ def disturbed(ray_cluster: None, experiment: Experiment, tiny_prepared: Path) ->
     return run, marks
 
 
+@pytest.fixture(scope="module")
+def repeated(disturbed: tuple[Experiment, Path], tiny_prepared: Path) -> tuple[Experiment, str, str]:
+    """The finished run once more, its bundle lost; what the run's log said before, and what it says now."""
+    run, _ = disturbed
+    log = run.run_dir / "train.log"
+    before = log.read_text()
+    shutil.rmtree(run.run_dir / "bundle")
+    fit.train(run, tiny_prepared, quiet)
+    return run, before, log.read_text()
+
+
 def last(run: Experiment, step: int = STEPS) -> Path:
     return run.run_dir / "ray" / f"step-{step:08d}"
 
@@ -297,6 +309,16 @@ def test_killed_twice_and_resumed_elsewhere_equals_undisturbed(
     assert len(curve(last(run))) == 3
 
 
+def test_a_finished_run_is_exported_again_but_not_trained(
+    undisturbed: Experiment, repeated: tuple[Experiment, str, str]
+) -> None:
+    run, before, now = repeated
+    said = now.removeprefix(before)
+    assert f"resumed at step {STEPS} of {STEPS}" in said
+    assert "loss" not in said
+    assert farthest(*(load_file(of.run_dir / "bundle" / "model.safetensors") for of in (run, undisturbed))) < 1e-5
+
+
 def test_training_learns_and_moves_weights(undisturbed: Experiment, tiny_bundle: Path) -> None:
     losses = [epoch["loss"] for epoch in curve(last(undisturbed))]
     assert losses[2] < losses[0] - 0.1
@@ -335,8 +357,10 @@ def test_a_resumed_run_draws_the_same_dropout_in_bfloat16(cases: dict[str, Any])
 def test_the_best_checkpoint_is_exported(undisturbed: Experiment, report: Report) -> None:
     run = undisturbed
     history = json.loads((run.run_dir / "training.json").read_text())
+    assert [epoch["epoch"] for epoch in history] == [1, 2, 3]
     best = max(history, key=lambda epoch: epoch["validation_NDCG@10"])
     manifest = Recommender.load(run.run_dir / "bundle").manifest
+    assert best["epoch"] != 3  # else this test would not tell the best from the last
     assert manifest.metrics["validation_NDCG@10"] == best["validation_NDCG@10"]
     exported = load_file(run.run_dir / "bundle" / "model.safetensors")
     saved = weights(last(run, best["step"]))
