@@ -34,4 +34,4 @@ demo: install
 	$(BIN)/ilrec demo $(CONFIG)
 
 clean:
-	rm -rf runs build *.egg-info
+	rm -rf build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -94,7 +94,7 @@ def train(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  #
     from trainer.fit import train as fit
     from trainer.prepare import prepare as write_prepared
 
-    bundle = fit(experiment, write_prepared(experiment, _say), _say, fresh)
+    bundle = fit(experiment, write_prepared(experiment, _say, fresh), _say, fresh)
     _say(f"bundle: {bundle}\nnext: ilrec evaluate {config}, or ilrec serve {bundle}")
 
 
@@ -124,10 +124,22 @@ def evaluate(
     from trainer.evaluation import compare
     from trainer.evaluation import evaluate as rank_all
 
-    out = experiment.run_dir / "evaluation"
-    dataset = experiment.run_dir / "prepared" / "dataset"
-    chosen = bundle or experiment.run_dir / "bundle"
-    report = rank_all(chosen, dataset, split, out, experiment.evaluation, experiment.cluster, _say)
+    chosen = (bundle or experiment.run_dir / "bundle").expanduser().absolute()
+    out = chosen.parent / "evaluation"
+    if against is not None and (not against.exists() or against.resolve() == (out / f"{split}.parquet").resolve()):
+        raise UserError(
+            f"--against {against}: give the per-target file of another evaluation; this one writes to {out}"
+        )
+    report = rank_all(
+        chosen,
+        experiment.run_dir / "prepared" / "dataset",
+        split,
+        out,
+        experiment.evaluation,
+        experiment.cluster,
+        _say,
+        experiment.search,
+    )
     print_report(report.metrics, report.intervals)
     _say(
         f"{report.targets} {split} targets in {report.seconds:.1f} s; exact {report.exact_rate:.1%}, "
@@ -150,7 +162,7 @@ def recommend(
     """Print the top-K for one history.
 
     \b
-    ilrec recommend runs/demo/bundle --history "Norvik Trail Tent; Norvik Sleeping Bag"
+    ilrec recommend runs/demo/bundle --history "i12; i7; i99"
     ilrec recommend runs/office/bundle --history "12; 431; 77" -k 5
     """
     texts = [text.strip() for text in history.split(";") if text.strip()]
@@ -163,9 +175,10 @@ def recommend(
     answer = recommender.recommend([items], k, None if seen else [set(items)])[0]
     for rank, (item, score) in enumerate(zip(answer.items, answer.scores, strict=True), 1):
         _say(f"{rank:>3}  {score:8.3f}  {recommender.catalogue.item_ids[item]}  {recommender.catalogue.titles[item]}")
-    if len(answer.items) < k:
+    if answer.exact and len(answer.items) < k:
         _say(f"only {len(answer.items)} items are left to recommend")
-    _say("exact: this is the true top-K" if answer.exact else "not exact: the node budget ran out")
+    limit = "search.node_budget or search.width ended the search"
+    _say("exact: this is the true top-K" if answer.exact else f"not exact: {limit}")
 
 
 @app.command()

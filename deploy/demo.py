@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 import urllib.request
 from pathlib import Path
@@ -35,7 +36,7 @@ def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[s
         seconds[stage] = round(time.monotonic() - started, 1)
         return result
 
-    prepared: Path = timed("prepare", prepare, experiment, say)
+    prepared: Path = timed("prepare", prepare, experiment, say, fresh)
     bundle: Path = timed("train", train, experiment, prepared, say, fresh)
     evaluation = experiment.run_dir / "evaluation"
     report = timed(
@@ -84,10 +85,11 @@ def ask(experiment: Experiment, bundle: Path, dataset: Dataset) -> tuple[list[st
 
     from service.app import run as run_service
 
-    run_service(bundle, experiment.serving, blocking=False)
-    items = held_out(dataset, "test").histories[0]
-    body = json.dumps({"history": [dataset.item_ids[i] for i in items], "k": 10}).encode()
-    url = f"http://{experiment.serving.host}:{experiment.serving.port}/v1/recommendations"
+    serving = experiment.serving.model_copy(update={"host": "127.0.0.1", "port": _free_port()})
+    run_service(bundle, serving, blocking=False)
+    items = held_out(dataset, "test").histories[0][-serving.max_history :]
+    body = json.dumps({"history": [dataset.item_ids[i] for i in items], "k": min(10, serving.max_k)}).encode()
+    url = f"http://{serving.host}:{serving.port}/v1/recommendations"
     request = urllib.request.Request(url, body, {"content-type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
@@ -95,6 +97,12 @@ def ask(experiment: Experiment, bundle: Path, dataset: Dataset) -> tuple[list[st
     finally:
         serve.shutdown()
     return [dataset.titles[i] for i in items], answer
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def print_recommendation(history: list[str], answer: dict[str, Any]) -> None:
@@ -118,6 +126,6 @@ def print_report(metrics: dict[str, dict[str, float]], intervals: dict[str, dict
         for system, values in metrics.items():
             low_high = intervals.get(system, {}).get(name)
             interval = f" [{low_high[0]:.4f}, {low_high[1]:.4f}]" if low_high else ""
-            cells.append(f"{values[name]:.4f}{interval}")
+            cells.append(f"{values[name]:.4f}{interval}" if name in values else "–")
         table.add_row(name, *cells)
     Console().print(table)

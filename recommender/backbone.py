@@ -58,6 +58,11 @@ class Backbone:
         self.vocabulary = int(plain.config.vocab_size)
         self.context = int(plain.config.max_position_embeddings)
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the weights."""
+        whole: Any = self.model
+        whole.to(device)
+
     @property
     def device(self) -> torch.device:
         return self.model.device

@@ -62,7 +62,12 @@ def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Pat
     Args:
         directory: replaced if it exists, once the new one is complete.
         write_files: writes everything but the manifest into the directory it is given.
+
+    Raises:
+        UserError: `directory` holds something that is no bundle.
     """
+    if directory.exists() and not (directory / MANIFEST).exists() and (directory.is_file() or any(directory.iterdir())):
+        raise UserError(f"{directory}: holds something that is no bundle, and is left alone; choose another directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     aside = work / "new"
@@ -78,7 +83,11 @@ def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Pat
             path.chmod(0o644)  # safetensors writes files that only their owner may read
         if directory.exists():
             directory.rename(work / "old")
-        aside.rename(directory)
+        try:
+            aside.rename(directory)
+        except OSError:
+            (work / "old").rename(directory)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

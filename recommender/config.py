@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -100,6 +101,13 @@ class PretrainedBackbone(StrictModel):
     path: str = Field(description="A local directory, or a hub name (the one download that you ask for).")
     revision: str | None = Field(None, description="Hub revision to pin.")
     lora: LoraConfig | None = Field(None, description="Train adapters only; absent: every weight is trained.")
+
+    @field_validator("path")
+    @classmethod
+    def _absolute_where_local(cls, path: str) -> str:
+        """Workers run in directories of their own."""
+        local = Path(path).expanduser()
+        return str(local.absolute()) if local.is_dir() else path
 
 
 BackboneConfig = Annotated[PresetBackbone | PretrainedBackbone, Field(discriminator="kind")]

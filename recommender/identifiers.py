@@ -49,7 +49,7 @@ def spell_titles(titles: Sequence[str], tokenizer: PreTrainedTokenizerBase, conf
     if tokenizer.eos_token_id is None:
         raise UserError("backbone: its tokenizer has no end-of-sequence token, which closes every identifier")
     end = int(tokenizer.eos_token_id)
-    texts = [config.template.format(title=title) for title in titles]
+    texts = [config.template.replace("{title}", title) for title in titles]
     spelled = _encode(texts, tokenizer, end, config.max_tokens)
     _tell_apart(spelled, tokenizer, end, config.max_tokens)
     lengths = np.fromiter((len(s) + 1 for s in spelled), np.int64, len(spelled))
@@ -59,8 +59,8 @@ def spell_titles(titles: Sequence[str], tokenizer: PreTrainedTokenizerBase, conf
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, end: int, limit: int) -> list[tuple[int, ...]]:
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    # A title may hold the end token's own text; as a token it would end the identifier early.
+    # A title may hold the end token's own text ("</s>"), which must not end the identifier: it is spelled in pieces.
+    encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     spelled = [tuple(t for t in ids[: limit + 1] if t != end)[:limit] for ids in encoded]
     unknown = [text for text, s in zip(texts, spelled, strict=True) if not s]
     if unknown:

@@ -36,6 +36,15 @@ def tree_mismatch(backbone: Backbone, length: int = 64) -> float:
     return float((tree - alone).abs().max() / alone.abs().max().clamp_min(1e-12))
 
 
+@torch.inference_mode()
+def _logits_mismatch(backbone: Backbone) -> float:
+    """Relative difference between the prediction layer on last hidden states and the model's own logits."""
+    tokens = torch.arange(8, device=backbone.device)[None] % backbone.vocabulary
+    own = backbone.model(input_ids=tokens).logits[0].float()
+    ours = backbone.logits(backbone.hidden(tokens, None, None)[0]).float()
+    return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-12))
+
+
 def _hidden(backbone: Backbone, rows: list) -> torch.Tensor:
     batch = collate(rows, backbone.padding).to(backbone.device)
     hidden = backbone.hidden(batch.input_ids, batch.attention_mask(), batch.position_ids)
@@ -51,8 +60,14 @@ def check_tree(backbone: Backbone, length: int) -> None:
     tolerance = {torch.float32: 1e-3, torch.float64: 1e-6}.get(backbone.dtype, 5e-2)
     try:
         mismatch = tree_mismatch(backbone, length)
+        scaled = _logits_mismatch(backbone)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"backbone: {type(backbone.model).__name__} does not take tree masks: {error}") from error
+    if scaled > tolerance:
+        raise UserError(
+            f"backbone: {type(backbone.model).__name__} does more to its logits than its prediction layer does "
+            "(scaling, soft-capping), which training and search would leave out; use a Llama, Qwen2/3 or GPT-2 model"
+        )
     if mismatch > tolerance:
         raise UserError(
             f"backbone: {type(backbone.model).__name__} cannot run prompt trees: on a row of {length} tokens its "

@@ -139,8 +139,11 @@ def ancestor_mask(end: torch.Tensor) -> torch.Tensor:
     return ((at[None, :] <= at[:, None]) & (at[None, :, None] < end[:, None, :])).unsqueeze(1)
 
 
-def collate(rows: Sequence[Row], padding: int, branching_only: bool = False, multiple: int = 8) -> Batch:
-    """Pad rows to one length, a multiple of `multiple` (fewer distinct shapes, aligned kernels).
+PADDING_MULTIPLE = 8  # fewer distinct shapes, aligned kernels
+
+
+def collate(rows: Sequence[Row], padding: int, branching_only: bool = False, multiple: int = PADDING_MULTIPLE) -> Batch:
+    """Pad rows to one length, a multiple of `multiple`.
 
     Args:
         padding: the token that fills up; padding sees only itself and is seen by nothing.
@@ -149,7 +152,7 @@ def collate(rows: Sequence[Row], padding: int, branching_only: bool = False, mul
     length = -(-max(map(len, rows)) // multiple) * multiple
     count = len(rows)
     input_ids = np.full((count, length), padding, np.int64)
-    position_ids = np.tile(np.arange(length, dtype=np.int64), (count, 1))
+    position_ids = np.zeros((count, length), np.int64)
     end = np.tile(np.arange(1, length + 1, dtype=np.int64), (count, 1))
     source, target, nodes = [], [], []
     chains = True
@@ -163,6 +166,8 @@ def collate(rows: Sequence[Row], padding: int, branching_only: bool = False, mul
         source.append(row.source[kept].astype(np.int64) + i * length)
         target.append(row.target[kept])
         nodes.append(row.nodes[kept])
+    if chains:  # plain causal rows: transformers reads positions that begin anew as packed sequences
+        position_ids[:] = np.arange(length)
     return Batch(
         torch.from_numpy(input_ids),
         torch.from_numpy(position_ids),

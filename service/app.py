@@ -49,7 +49,9 @@ class Endpoint:
 
         transformers_logging.disable_progress_bar()
         self.serving = serving
-        self.recommender = Recommender.load(bundle, search=serving.search)
+        self.recommender = Recommender.load(
+            bundle, "cuda" if serving.gpus_per_replica else "cpu", search=serving.search
+        )
         self.recommender.recommend([[0]], 1)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -74,7 +76,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     deployment = serve.deployment(
         num_replicas=serving.replicas,
         max_ongoing_requests=MAX_ONGOING_REQUESTS,
-        ray_actor_options={"num_cpus": serving.threads},
+        ray_actor_options={"num_cpus": serving.threads, "num_gpus": serving.gpus_per_replica},
     )
     return deployment(Endpoint).bind(str(bundle), serving)
 

@@ -16,6 +16,7 @@ class ServingConfig(StrictModel):
     threads: int = Field(
         1, ge=1, description="CPU cores that Ray reserves for a replica; its search uses as many threads."
     )
+    gpus_per_replica: float = Field(0, ge=0, description="GPUs of a replica, or a share of one; 0 serves on CPU.")
     max_batch_size: int = Field(16, ge=1, description="Requests that are searched together at most.")
     batch_wait_seconds: float = Field(
         0.0,

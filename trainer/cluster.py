@@ -6,6 +6,9 @@ import logging
 import os
 from typing import Any
 
+from recommender.errors import UserError
+from trainer.config import ClusterConfig
+
 
 def connect(num_cpus: int | None = None) -> None:
     """Join the Ray cluster at RAY_ADDRESS, or start one on this machine; nothing is done when connected already.
@@ -29,3 +32,20 @@ def connect(num_cpus: int | None = None) -> None:
     if not os.environ.get("RAY_ADDRESS"):
         options = {"include_dashboard": False, "address": "local", "num_cpus": num_cpus}
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+
+
+def check_resources(cluster: ClusterConfig, workers: int) -> None:
+    """Refuse at once what the connected Ray cannot run, instead of waiting for it for ever.
+
+    Raises:
+        UserError: `workers` of `cluster`'s kind need more than there is.
+    """
+    import ray
+
+    has = ray.cluster_resources()
+    for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
+        if each * workers > has.get(resource, 0):
+            raise UserError(
+                f"cluster: {workers} workers x {each:g} {resource} need {each * workers:g}, the Ray cluster has "
+                f"{has.get(resource, 0):g}; lower cluster.workers, or join more nodes"
+            )

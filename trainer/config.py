@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -66,7 +66,9 @@ class ClusterConfig(StrictModel):
 class EvaluationConfig(StrictModel):
     """Ranking metrics on held-out targets."""
 
-    cutoffs: tuple[int, ...] = Field((1, 5, 10, 20), description="K of HR@K and NDCG@K.")
+    cutoffs: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (1, 5, 10, 20), min_length=1, description="K of HR@K and NDCG@K."
+    )
     validation_targets: int | None = Field(
         2000, ge=1, description="Most validation targets ranked after each epoch (a seeded sample); null = all."
     )

@@ -17,10 +17,11 @@ import ray
 
 from recommender.bundle import read_manifest
 from recommender.catalogue import Catalogue
+from recommender.config import SearchConfig
 from recommender.errors import UserError
 from recommender.metrics import bootstrap_interval, metric_values, popularity_ranks
 from recommender.recommender import Recommender
-from trainer.cluster import connect
+from trainer.cluster import check_resources, connect
 from trainer.config import ClusterConfig, EvaluationConfig
 from trainer.data.dataset import Dataset
 from trainer.prepare import Say
@@ -34,7 +35,7 @@ class Report:
     Attributes:
         split: "validation" or "test".
         targets: how many were ranked.
-        metrics: system ("model", "most_popular", and "oracle" in a simulated world) → metric name → mean.
+        metrics: system ("model", "most_popular") → metric name → mean.
         intervals: the same, → 95 % bootstrap interval.
         difference: model − most_popular, → paired 95 % bootstrap interval.
         invalid_rate: share of listed items that do not exist, repeat or were excluded; must be 0.
@@ -62,26 +63,32 @@ def evaluate(
     config: EvaluationConfig,
     cluster: ClusterConfig,
     say: Say,
+    search: SearchConfig | None = None,
 ) -> Report:
     """Rank every target of a split with a bundle and write `<split>.json` and per-target `<split>.parquet`.
 
+    Args:
+        search: in place of the bundle's own search settings.
+
     Raises:
-        UserError: the bundle does not fit the dataset's catalogue, or the split is empty.
+        UserError: the bundle does not fit the dataset's catalogue, the split is empty, or the cluster is too small.
     """
     dataset = Dataset.load(dataset_dir)
     limit = config.test_targets if split == "test" else config.validation_targets
     targets = held_out(dataset, split, limit)
     if not len(targets):
         raise UserError(f"{dataset_dir}: the {split} split has no targets")
-    read_manifest(bundle)
+    manifest = read_manifest(bundle)
     if dataset.item_ids != Catalogue.load(bundle).item_ids:
         raise UserError(
             f"{bundle}: its catalogue is not the one of {dataset_dir}; prepare the data that it was made for"
         )
+    if manifest.data_fingerprint != dataset.fingerprint:
+        say(f"note: {bundle} was trained on other data than {dataset_dir}; it may have seen these targets")
     connect()
-    k = max(config.cutoffs)
+    k = max(10, *config.cutoffs)
     started = time.monotonic()
-    ranking = _rank(bundle, dataset_dir, split, limit, len(targets), k, config, cluster, say)
+    ranking = _rank(bundle, dataset_dir, split, limit, len(targets), k, config, cluster, say, search)
     seconds = time.monotonic() - started
 
     popular = popularity_ranks(
@@ -124,17 +131,20 @@ def _rank(
     config: EvaluationConfig,
     cluster: ClusterConfig,
     say: Say,
+    search: SearchConfig | None,
 ) -> Ranking:
     """Deal the targets to Ray actors in chunks, longest histories first, and put the answers back in order."""
     workers = min(cluster.workers, math.ceil(total / config.batch))
+    check_resources(cluster, workers)
     options: dict[str, Any] = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
     environment = {"OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker)))}
     actor = ray.remote(_RankingWorker).options(**options, runtime_env={"env_vars": environment})
     device = "cuda" if cluster.gpus_per_worker else "cpu"
-    actors: list[Any] = [actor.remote(str(bundle), str(dataset_dir), split, limit, device) for _ in range(workers)]
+    arguments = (str(bundle.absolute()), str(dataset_dir.absolute()), split, limit, device, search)
+    actors: list[Any] = [actor.remote(*arguments) for _ in range(workers)]
     lengths = np.array([len(h) for h in held_out(Dataset.load(dataset_dir), split, limit).histories])
     order = np.argsort(-lengths, kind="stable")
-    chunks: Iterator[np.ndarray] = iter(np.array_split(order, math.ceil(total / (4 * config.batch))))
+    chunks: Iterator[np.ndarray] = iter(np.array_split(order, max(workers, math.ceil(total / (4 * config.batch)))))
     ranks, exact = np.zeros(total, np.int64), np.zeros(total, bool)
     expansions, invalid, done = np.zeros(total, np.int64), 0, 0
     running = {}
@@ -166,13 +176,15 @@ def _rank(
 class _RankingWorker:
     """A Ray actor that holds the recommender and the held-out targets."""
 
-    def __init__(self, bundle: str, dataset_dir: str, split: str, limit: int | None, device: str):
+    def __init__(
+        self, bundle: str, dataset_dir: str, split: str, limit: int | None, device: str, search: SearchConfig | None
+    ):
         import os
 
         import torch
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self._recommender = Recommender.load(bundle, device)
+        self._recommender = Recommender.load(bundle, device, search=search)
         self._targets = held_out(Dataset.load(dataset_dir), split, limit)
 
     def rank(self, at: np.ndarray, k: int, exclude_seen: bool, batch: int) -> Ranking:

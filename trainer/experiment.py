@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from objectives.config import ILRecConfig, ObjectiveConfig
 from recommender.config import BackboneConfig, IdentifierConfig, PresetBackbone, PromptConfig, SearchConfig, StrictModel
@@ -35,7 +35,7 @@ class Experiment(StrictModel):
     prompt: PromptConfig = PromptConfig()
     backbone: BackboneConfig = PresetBackbone()
     init_from: str | None = Field(None, description="A bundle whose weights training starts from.")
-    objective: ObjectiveConfig = ILRecConfig(vocabulary="valid")
+    objective: ObjectiveConfig = ILRecConfig()
     training: TrainingConfig = TrainingConfig()
     cluster: ClusterConfig = ClusterConfig()
     search: SearchConfig = SearchConfig()
@@ -51,6 +51,12 @@ class Experiment(StrictModel):
                 "backbone.lora: adapters on a preset with fresh weights need `init_from`; or leave lora out"
             )
         return self
+
+    @field_validator("init_from")
+    @classmethod
+    def _absolute(cls, path: str | None) -> str | None:
+        """Workers run in directories of their own."""
+        return None if path is None else str(Path(path).expanduser().absolute())
 
     @property
     def run_dir(self) -> Path:
@@ -72,12 +78,12 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read: {error}") from None
     try:
-        values = yaml.safe_load(_VARIABLE.sub(lambda match: _variable(match, source), text))
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{source}: holds no experiment; it should open with `name: …`")
-    return _validated(Experiment, values, overrides, str(source))
+    return _validated(Experiment, _expanded(values, source), overrides, str(source))
 
 
 def load_world(overrides: Sequence[str]) -> WorldConfig:
@@ -93,6 +99,17 @@ def _validated(model: type[Model], values: dict[str, Any], overrides: Sequence[s
     except ValidationError as error:
         lines = "\n".join(_explain(item, model) for item in error.errors())
         raise UserError(f"{source}:\n{lines}") from None
+
+
+def _expanded(value: Any, source: Path) -> Any:
+    """`value` with the variables in all its strings filled in."""
+    if isinstance(value, str):
+        return _VARIABLE.sub(lambda match: _variable(match, source), value)
+    if isinstance(value, dict):
+        return {key: _expanded(each, source) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_expanded(each, source) for each in value]
+    return value
 
 
 def _variable(match: re.Match[str], source: Path) -> str:
@@ -148,7 +165,8 @@ def _models_at(root: type[BaseModel], path: list[str]) -> list[type[BaseModel]]:
         found = [
             m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
         ]
-        models = found or models  # a union's tag is no field: stay
+        tagged = [m for m in models if any(part in get_args(f.annotation) for f in m.model_fields.values())]
+        models = found or tagged or models  # a union's tag is no field: it tells which member is meant
     return models
 
 

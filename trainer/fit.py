@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from objectives.objective import build_objective
@@ -22,12 +22,12 @@ from recommender.errors import UserError
 from recommender.items import ItemSpace
 from recommender.recommender import Recommender
 from trainer import checkpoint
-from trainer.cluster import connect
+from trainer.cluster import check_resources, connect
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.prepare import Say
 from trainer.run import claim
-from trainer.worker import SELECTION, starting_backbone, train_worker
+from trainer.worker import SELECTION, TOO_LARGE, starting_backbone, train_worker
 
 
 def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool = False) -> Path:
@@ -48,13 +48,18 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
     dataset = Dataset.load(prepared / "dataset")
     if not len(dataset.targets["validation"].position):
         raise UserError("data: there is no validation target, and the best epoch is chosen on them; add data")
+    connect()
+    check_resources(experiment.cluster, experiment.cluster.workers)
+    check_objective(experiment)
     claim(experiment, dataset.fingerprint, fresh)
     log = experiment.run_dir / "train.log"
-    connect()
-    check_resources(experiment)
-    check_objective(experiment)
     with following(log, say):
-        result: Any = torch_trainer(experiment, prepared, log).fit()  # Ray's stubs show the old Result
+        try:
+            result: Any = torch_trainer(experiment, prepared, log).fit()  # Ray's stubs show the old Result
+        except TrainingFailedError as error:
+            if TOO_LARGE in str(error):
+                raise UserError(TOO_LARGE) from error
+            raise
     if result.return_value["error"]:
         raise UserError(result.return_value["error"])
     best = max(
@@ -123,17 +128,6 @@ def torch_trainer(
             **configuration,
         ),
     )
-
-
-def check_resources(experiment: Experiment) -> None:
-    """Refuse at once what the cluster cannot run."""
-    cluster, has = experiment.cluster, ray.cluster_resources()
-    for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
-        if each * cluster.workers > has.get(resource, 0):
-            raise UserError(
-                f"cluster: {cluster.workers} workers x {each:g} {resource} need {each * cluster.workers:g}, the Ray "
-                f"cluster has {has.get(resource, 0):g}; lower cluster.workers, or join more nodes"
-            )
 
 
 def check_objective(experiment: Experiment) -> None:

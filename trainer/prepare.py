@@ -16,26 +16,38 @@ from recommender.items import ItemSpace
 from trainer.data.config import DataConfig, InteractionsData
 from trainer.data.dataset import Dataset, prepare_dataset
 from trainer.experiment import Experiment
+from trainer.run import check_claim
 from trainer.simulator import simulate
 
 Say = Callable[[str], None]
 
 
-def prepare(experiment: Experiment, say: Say = print) -> Path:
+def prepare(experiment: Experiment, say: Say = print, fresh: bool = False) -> Path:
     """Simulate if asked to, read and split the data, spell the catalogue.
+
+    Args:
+        fresh: replace what was prepared even where a run of another config was trained on it.
 
     Returns:
         `<run>/prepared`, with `dataset/` and `items/`. Each is complete or absent.
+
+    Raises:
+        UserError: a mistake in the data, or the run's directory belongs to another config.
     """
+    if not fresh:
+        check_claim(experiment)
     prepared = experiment.run_dir / "prepared"
     prepared.mkdir(parents=True, exist_ok=True)
     dataset = prepare_dataset(source_of(experiment, say), prepared / "dataset", progress=say)
     space = item_space(experiment, dataset)
     dataset.add_stats(spelling_stats(space))
     aside = Path(tempfile.mkdtemp(prefix=".items-", dir=prepared))
-    space.save(aside)
-    shutil.rmtree(prepared / "items", ignore_errors=True)
-    os.replace(aside, prepared / "items")
+    try:
+        space.save(aside / "items")
+        shutil.rmtree(prepared / "items", ignore_errors=True)
+        os.replace(aside / "items", prepared / "items")
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     say(f"spelled {len(space.catalogue)} items in {np.diff(space.identifiers.offsets).mean():.1f} tokens each")
     return prepared
 

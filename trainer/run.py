@@ -10,9 +10,48 @@ from recommender.errors import UserError
 from trainer.experiment import Experiment
 
 _FILE = "experiment.json"
-_SECTIONS = ("identifier", "prompt", "backbone", "init_from", "objective", "training")
-# How a run is carried out, not what comes out of it: these may change between an interruption and the resumption.
-_FREE = ("zero_stage", "accumulation", "logits_memory_mb", "gradient_checkpointing", "checkpoint_every", "patience")
+_FINGERPRINT = "data fingerprint"
+_SECTIONS = ("world", "data", "identifier", "prompt", "backbone", "init_from", "objective", "training")
+# How a run is carried out and where its files lie, not what comes out of it: these may change before a resumption.
+_FREE = {
+    "training": (
+        "zero_stage",
+        "accumulation",
+        "logits_memory_mb",
+        "gradient_checkpointing",
+        "checkpoint_every",
+        "patience",
+    ),
+    "data": ("interactions", "items", "train", "validation", "test"),
+}
+
+
+def check_claim(experiment: Experiment, data_fingerprint: str | None = None) -> None:
+    """Refuse a directory in which another experiment was trained.
+
+    Args:
+        data_fingerprint: of the prepared dataset; None where it is not known yet.
+
+    Raises:
+        UserError: names the fields that differ.
+    """
+    directory = experiment.run_dir
+    if not (directory / _FILE).exists() or not (directory / "ray").exists():
+        return
+    mine, theirs = _identity(experiment, data_fingerprint), json.loads((directory / _FILE).read_text())
+    if data_fingerprint is None:
+        mine[_FINGERPRINT] = theirs.get(_FINGERPRINT)
+    changed = [
+        f"{field}: {theirs.get(field)!r} → {mine.get(field)!r}"
+        for field in sorted(mine.keys() | theirs.keys())
+        if mine.get(field) != theirs.get(field)
+    ]
+    if changed:
+        raise UserError(
+            f"{directory} holds a run of another config:\n  "
+            + "\n  ".join(changed)
+            + "\nGive this one another name (--set name=…), or start over with --fresh."
+        )
 
 
 def claim(experiment: Experiment, data_fingerprint: str, fresh: bool) -> None:
@@ -22,7 +61,7 @@ def claim(experiment: Experiment, data_fingerprint: str, fresh: bool) -> None:
         fresh: remove what an earlier run left (checkpoints, bundle, evaluation); prepared data are kept.
 
     Raises:
-        UserError: another experiment was trained there; names the fields that differ.
+        UserError: another experiment was trained there.
     """
     directory = experiment.run_dir
     if fresh:
@@ -30,32 +69,18 @@ def claim(experiment: Experiment, data_fingerprint: str, fresh: bool) -> None:
             shutil.rmtree(directory / left, ignore_errors=True)
         for left in (_FILE, "train.log", "training.json", "summary.json"):
             (directory / left).unlink(missing_ok=True)
-    mine = _identity(experiment, data_fingerprint)
-    path = directory / _FILE
-    if path.exists() and (directory / "ray").exists():
-        theirs = json.loads(path.read_text())
-        changed = [
-            f"{field}: {theirs.get(field)!r} → {mine.get(field)!r}"
-            for field in sorted(mine.keys() | theirs.keys())
-            if mine.get(field) != theirs.get(field)
-        ]
-        if changed:
-            raise UserError(
-                f"{directory} holds a run of another config:\n  "
-                + "\n  ".join(changed)
-                + "\nGive this one another name (--set name=…), or start over with --fresh."
-            )
+    check_claim(experiment, data_fingerprint)
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=2))
+    (directory / _FILE).write_text(json.dumps(_identity(experiment, data_fingerprint), indent=2))
 
 
-def _identity(experiment: Experiment, data_fingerprint: str) -> dict[str, Any]:
-    """What decides a run's outcome, flat: field → value."""
-    sections = experiment.model_dump(mode="json", include=set(_SECTIONS))
-    flat = {"data": data_fingerprint[:16]}
-    for section, values in sections.items():
-        if not isinstance(values, dict):
+def _identity(experiment: Experiment, data_fingerprint: str | None) -> dict[str, Any]:
+    """What decides a run's outcome, flat: field → value. Where the data lie does not; what is in them does."""
+    flat: dict[str, Any] = {_FINGERPRINT: data_fingerprint}
+    for section, values in experiment.model_dump(mode="json", include=set(_SECTIONS)).items():
+        if isinstance(values, dict):
+            free = _FREE.get(section, ())
+            flat |= {f"{section}.{name}": value for name, value in values.items() if name not in free}
+        else:
             flat[section] = values
-            continue
-        flat |= {f"{section}.{name}": value for name, value in values.items() if name not in _FREE}
     return flat

@@ -27,7 +27,7 @@ from recommender.items import ItemSpace
 from recommender.metrics import metric_values
 from recommender.probe import check_tree
 from recommender.recommender import Recommender, starting_point
-from recommender.tree import Batch, Row, collate
+from recommender.tree import PADDING_MULTIPLE, Batch, Row, collate
 from trainer import checkpoint
 from trainer.config import TrainingConfig
 from trainer.data.dataset import Dataset
@@ -39,6 +39,11 @@ from trainer.ranking import held_out, ranks_of
 from trainer.rows import TrainingRows
 
 SELECTION = "validation_NDCG@10"
+
+NOT_FINITE = (
+    "The weights were not updated and the latest checkpoint is good. Lower training.learning_rate or the objective's "
+    "strengths, or use training.precision: float32; then start over with --fresh."
+)
 
 TOO_LARGE = (
     "The step with the longest row runs first, and it does not fit. Raise training.accumulation, lower "
@@ -61,8 +66,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         _train(Experiment.model_validate_json(config["experiment"]), Path(config["prepared"]), Path(config["log"]))
     except (UserError, FloatingPointError) as error:
         return {"error": str(error)}
-    except torch.OutOfMemoryError as error:
-        return {"error": f"{error}\n{TOO_LARGE}"}
+    except torch.OutOfMemoryError as error:  # on one rank perhaps, while the others wait: Ray ends them all
+        raise RuntimeError(TOO_LARGE) from error
     return {"error": None}
 
 
@@ -74,10 +79,10 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
     dataset, space = Dataset.load(prepared / "dataset"), ItemSpace.load(prepared / "items")
 
     backbone = starting_backbone(experiment, space)
+    backbone.to(device)
     objective = build_objective(experiment.objective, backbone.num_layers)
     rows = TrainingRows(dataset, space, training, objective.branching_only)
-    check_context(backbone, rows)
-    check_tree(backbone, int(rows.lengths.max()))
+    check_tree(backbone, longest_path(backbone, rows))
     if training.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     module = TrainedModel(backbone, objective, space.trie.to(device), training.dropout).to(device)
@@ -135,14 +140,19 @@ def starting_backbone(experiment: Experiment, space: ItemSpace) -> Backbone:
     return starting_point(experiment.init_from, experiment.backbone.lora, dtype, seed)
 
 
-def check_context(backbone: Backbone, rows: TrainingRows) -> None:
-    """Refuse rows with paths that are longer than the backbone can read."""
-    longest = max(int(row.depth.max()) + 1 for row in rows.rows)
+def longest_path(backbone: Backbone, rows: TrainingRows) -> int:
+    """Tokens of the longest prompt and response, padded as rows are.
+
+    Raises:
+        UserError: the backbone cannot read that many.
+    """
+    longest = -(-max(int(row.depth.max()) + 1 for row in rows.rows) // PADDING_MULTIPLE) * PADDING_MULTIPLE
     if longest > backbone.context:
         raise UserError(
             f"the longest prompt has {longest} tokens, the backbone reads {backbone.context}; lower prompt.history or "
             "identifier.max_tokens"
         )
+    return longest
 
 
 def heaviest_first(steps: list[Step], lengths: np.ndarray) -> list[Step]:
@@ -199,6 +209,8 @@ def optimiser_step(
                 break
         engine.step()
     assert totals is not None
+    if torch.isfinite(totals).all() and not engine.was_step_applied():
+        raise FloatingPointError(f"the loss is finite, its gradients are not. {NOT_FINITE}")
     means = (totals / max(step.counted, 1)).tolist()
     return dict(zip(sorted(module.sums), means, strict=True))
 
@@ -254,9 +266,7 @@ def report(engine: Any, state: dict[str, Any], metrics: dict[str, Any]) -> None:
 def raise_non_finite(number: int, step: Step, sums: dict[str, float]) -> None:
     """The policy for a loss that is not finite: stop before the weights are touched."""
     raise FloatingPointError(
-        f"the loss of step {number} is not finite: {sums} (rows {step.rows[:5].tolist()}…). The weights were not "
-        "updated and the latest checkpoint is good. Lower training.learning_rate or objective strengths, or use "
-        "training.precision: float32; then run the same command again to resume."
+        f"the loss of step {number} is not finite: {sums} (rows {step.rows[:5].tolist()}…). {NOT_FINITE}"
     )
 
 

@@ -44,7 +44,7 @@ class WindowColumns(StrictModel):
     target: str = Field("target_item_id", description="The item id to predict.")
     timestamp: str = Field("timestamp", description="When the target happened; used in the files that have it.")
     candidates: str = Field(
-        "candidate_item_ids", description="Item ids among which the target is ranked; used in the files that have it."
+        "candidate_item_ids", description="Item ids of a candidate list; kept where the files have it."
     )
 
 

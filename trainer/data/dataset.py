@@ -273,8 +273,11 @@ def _sources(config: DataConfig) -> list[str]:
     return [config.train, config.validation, config.test, config.items]
 
 
+_PATHS = {"interactions", "items", "train", "validation", "test"}
+
+
 def _fingerprint(config: DataConfig) -> str:
-    digest = hashlib.sha256(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(config.model_dump(mode="json", exclude=_PATHS), sort_keys=True).encode())
     for file in _sources(config):
         content = hashlib.sha256()
         for chunk in stream(file):
