@@ -59,6 +59,7 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
         except TrainingFailedError as error:
             if TOO_LARGE in str(error):
                 raise UserError(TOO_LARGE) from error
+            say("training failed; once the cause is mended, the same command goes on from the latest checkpoint")
             raise
     if result.return_value["error"]:
         raise UserError(result.return_value["error"])
