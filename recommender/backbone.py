@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -184,10 +183,8 @@ def load_backbone(
     else:
         from transformers import AutoModelForCausalLM
 
-        # An adapter's bundle names its base as it was named here, and is opened from anywhere.
-        path = os.path.abspath(config.path) if os.path.isdir(config.path) else config.path
         try:
-            model = AutoModelForCausalLM.from_pretrained(path, revision=config.revision, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(config.path, revision=config.revision, dtype=dtype)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"backbone.path: no model can be loaded from {config.path!r}: {shortened(error)}"

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recommender.config import SearchConfig
 from recommender.errors import UserError
+from recommender.files import replace_directory
 
 MANIFEST = "recommender.json"
 CARD = "README.md"
@@ -69,9 +70,7 @@ def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Pat
     if directory.exists() and not (directory / MANIFEST).exists() and (directory.is_file() or any(directory.iterdir())):
         raise UserError(f"{directory}: holds something that is no bundle, and is left alone; choose another directory")
     directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    aside = work / "new"
-    aside.mkdir()
+    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         write_files(aside)
         (aside / CARD).unlink(missing_ok=True)  # peft brings one
@@ -81,15 +80,9 @@ def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Pat
         (aside / CARD).write_text(_card(complete))
         for path in aside.iterdir():
             path.chmod(0o644)  # safetensors writes files that only their owner may read
-        if directory.exists():
-            directory.rename(work / "old")
-        try:
-            aside.rename(directory)
-        except OSError:
-            (work / "old").rename(directory)
-            raise
+        replace_directory(aside, directory)
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_manifest(directory: Path) -> Manifest:

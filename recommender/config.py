@@ -105,7 +105,7 @@ class PretrainedBackbone(StrictModel):
     @field_validator("path")
     @classmethod
     def _absolute_where_local(cls, path: str) -> str:
-        """Workers run in directories of their own."""
+        """Workers run in directories of their own, and an adapter's bundle names its base as it is named here."""
         local = Path(path).expanduser()
         return str(local.absolute()) if local.is_dir() else path
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import numpy as np
 
 from recommender.backbone import load_tokenizer
 from recommender.catalogue import Catalogue
+from recommender.files import replace_directory
 from recommender.items import ItemSpace
 from trainer.data.config import DataConfig, InteractionsData
 from trainer.data.dataset import Dataset, prepare_dataset
@@ -43,9 +43,8 @@ def prepare(experiment: Experiment, say: Say = print, fresh: bool = False) -> Pa
     dataset.add_stats(spelling_stats(space))
     aside = Path(tempfile.mkdtemp(prefix=".items-", dir=prepared))
     try:
-        space.save(aside / "items")
-        shutil.rmtree(prepared / "items", ignore_errors=True)
-        os.replace(aside / "items", prepared / "items")
+        space.save(aside)
+        replace_directory(aside, prepared / "items")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     say(f"spelled {len(space.catalogue)} items in {np.diff(space.identifiers.offsets).mean():.1f} tokens each")

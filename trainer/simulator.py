@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from recommender.errors import UserError
+from recommender.files import replace_directory
 from recommender.metrics import metric_values, popularity_ranks
 from trainer.simulator_config import WorldConfig
 
@@ -114,15 +115,11 @@ def simulate(config: WorldConfig, out_dir: Path, say: Callable[[str], None] = pr
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
     try:
-        new = aside / "new"
-        new.mkdir()
-        _write(world, bought, new)
-        (new / "oracle.json").write_text(json.dumps(metrics, indent=2))
+        _write(world, bought, aside)
+        (aside / "oracle.json").write_text(json.dumps(metrics, indent=2))
         summary = _summary(config, world, bought, metrics)
-        (new / "world.json").write_text(json.dumps({"config": described, "summary": summary}, indent=2))
-        if out_dir.exists():
-            out_dir.rename(aside / "old")
-        new.rename(out_dir)
+        (aside / "world.json").write_text(json.dumps({"config": described, "summary": summary}, indent=2))
+        replace_directory(aside, out_dir)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     oracle, popular = metrics["test"]["oracle"]["HR@10"], metrics["test"]["most_popular"]["HR@10"]

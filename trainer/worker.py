@@ -85,7 +85,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
     check_tree(backbone, longest_path(backbone, rows))
     if training.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = TrainedModel(backbone, objective, space.trie.to(device), training.dropout).to(device)
+    module = TrainedModel(backbone, objective, space.trie.to(device), training.dropout)
     engine = build_engine(module, training)
     plan = BatchPlan(rows.lengths, rows.counted, training.batch_tokens, training.seed)
     total_steps = plan.steps_per_epoch * training.epochs

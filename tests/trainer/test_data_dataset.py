@@ -124,7 +124,7 @@ def test_an_unchanged_dataset_is_kept_and_a_changed_one_made_again(tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["interactions.csv", "items.csv", "out"]
 
 
-@pytest.mark.parametrize("moment", ["_write_json", "_swap"])
+@pytest.mark.parametrize("moment", ["_write_json", "replace_directory"])
 @pytest.mark.parametrize("before", [False, True])
 def test_an_interrupted_prepare_leaves_what_was_there(
     tmp_path: Path, config: InteractionsData, monkeypatch: pytest.MonkeyPatch, moment: str, before: bool

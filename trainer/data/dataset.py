@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recommender.errors import UserError
+from recommender.files import replace_directory
 from trainer.data.cleaning import Sequences, first_of_duplicates, in_order, k_core
 from trainer.data.config import DataConfig, InteractionsData, WindowsData
 from trainer.data.readers import Problems, read_interactions, read_items, read_windows, stream
@@ -159,7 +160,7 @@ def prepare_dataset(config: DataConfig, out_dir: Path, progress: Progress = prin
             "sources": _sources(config),
         }
         _write(aside, items, sequences, targets, stats, about)
-        _swap(aside, out_dir)
+        replace_directory(aside, out_dir)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     progress(
@@ -332,22 +333,6 @@ def _write(
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _swap(aside: Path, out_dir: Path) -> None:
-    """Put `aside` in the place of `out_dir`; the old directory goes only when the new one stands."""
-    aside.chmod(0o755)
-    if not out_dir.exists():
-        os.replace(aside, out_dir)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-old-", dir=out_dir.parent))
-    os.replace(out_dir, old)
-    try:
-        os.replace(aside, out_dir)
-    except OSError:
-        os.replace(old, out_dir)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flat(lists: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
