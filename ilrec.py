@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="""Train, evaluate and serve language-model recommenders on Ray.
+    help="""Train, evaluate and serve recommenders, language models and collaborative ones, on Ray.
 
 A first run, start to end:
 
@@ -87,6 +87,7 @@ def train(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  #
     ilrec train configs/demo.yaml
     ilrec train configs/office.yaml --set training.epochs=3 --set cluster.workers=1
     ilrec train my.yaml --set init_from=runs/last_week/bundle
+    ilrec train my.yaml --set recommender.kind=sasrec --set name=my-sasrec
     """
     from trainer.experiment import load_experiment
 
@@ -168,9 +169,9 @@ def recommend(
     texts = [text.strip() for text in history.split(";") if text.strip()]
     if not texts:
         raise UserError('--history is empty; give ids or titles parted by ";"')
-    from recommender.recommender import Recommender
+    from recommender.loading import load_recommender
 
-    recommender = Recommender.load(bundle)
+    recommender = load_recommender(bundle)
     items = recommender.catalogue.indices_of(texts)
     answer = recommender.recommend([items], k, None if seen else [set(items)])[0]
     for rank, (item, score) in enumerate(zip(answer.items, answer.scores, strict=True), 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -103,6 +103,22 @@ class Backbone:
     def logits(self, hidden: Tensor) -> Tensor:
         """The prediction layer on normed hidden states [N, D]: [N, V]."""
         return self.head(hidden)
+
+    def as_head(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Run `function(*inputs)` in place of the prediction layer's own forward, with its weight at hand.
+
+        Under ZeRO-3 a module's weights are whole only while it is called; so whoever wants to use `head.weight` in
+        another way than `head` does has to be called as the head.
+        """
+        own = self.head.__dict__.get("forward")  # of the instance, as hooks of other libraries may set it
+        self.head.forward = function
+        try:
+            return self.head(*inputs)
+        finally:
+            if own is None:
+                del self.head.forward
+            else:
+                self.head.forward = own
 
     @contextmanager
     def tapped(self, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
@@ -249,9 +265,13 @@ def add_lora(model: PreTrainedModel, config: LoraConfig, seed: int = 0) -> PeftM
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return peft.get_peft_model(model, adapters)
+            adapted = peft.get_peft_model(model, adapters)
     except ValueError as error:
         raise UserError(f"backbone.lora.target_modules: {shortened(error)}") from error
+    whole: Any = adapted
+    if type(whole.get_base_model().get_output_embeddings()) is not nn.Linear:  # objectives use its weight as it is
+        raise UserError("backbone.lora.target_modules: leave the prediction layer (lm_head) out of it")
+    return adapted
 
 
 def shortened(error: Exception) -> str:

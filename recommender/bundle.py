@@ -1,9 +1,11 @@
-"""Bundles: a recommender in a directory that `transformers` and `peft` open by themselves.
+"""Bundles: a recommender in a directory; a language model's opens with `transformers` and `peft` by themselves.
 
     config.json, model*.safetensors            the model (or adapter_config.json, adapter_model.safetensors)
     tokenizer*.json, generation_config.json    as `save_pretrained` writes them
+    collaborative.json, model.safetensors      in place of those, for a collaborative model
     catalogue.parquet, titles.marisa           the items and the index of their titles
-    trie.safetensors, items.json               spelled identifiers as a radix trie; identifier and prompt settings
+    trie.safetensors, items.json               language models: spelled identifiers as a radix trie; identifier and
+                                               prompt settings
     recommender.json                           the manifest: version, search, fingerprint, metrics, checksums
     README.md                                  for people; the one further file without a checksum, so edit it
 
@@ -29,6 +31,7 @@ from recommender.files import replace_directory
 MANIFEST = "recommender.json"
 CARD = "README.md"
 SCHEMA_VERSION = 1
+LANGUAGE_MODEL = "language_model"
 
 
 class Manifest(BaseModel):
@@ -37,6 +40,8 @@ class Manifest(BaseModel):
     Attributes:
         schema_version: of the bundle's layout.
         name: shown to clients as the model.
+        recommender: what kind of recommender this is (the experiment's `recommender` section); bundles from before it
+            existed hold language models.
         search: how this model's top-K is found.
         backbone: what was trained (the experiment's `backbone` section).
         objective: what it was trained with.
@@ -49,12 +54,18 @@ class Manifest(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     name: str
+    recommender: dict[str, Any] = {}
     search: SearchConfig = SearchConfig()
     backbone: dict[str, Any] = {}
     objective: dict[str, Any] = {}
     data_fingerprint: str = ""
     metrics: dict[str, float] = {}
     checksums: dict[str, str] = {}
+
+    @property
+    def kind(self) -> str:
+        """ "language_model", or a kind of collaborative model."""
+        return str(self.recommender.get("kind", LANGUAGE_MODEL))
 
 
 def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Path], None]) -> None:
@@ -123,14 +134,19 @@ def _sha256(path: Path) -> str:
 
 def _card(manifest: Manifest) -> str:
     metrics = "\n".join(f"| {name} | {value:.4f} |" for name, value in manifest.metrics.items()) or "| – | – |"
+    if manifest.kind == LANGUAGE_MODEL:
+        library, what = "transformers", "A language-model recommender: it names a user's next item."
+        made_of = f"Backbone: `{json.dumps(manifest.backbone)}`; objective: `{json.dumps(manifest.objective)}`"
+    else:
+        library, what = "ilrec", "A collaborative recommender: it scores every item for a user's history."
+        made_of = f"Model: `{json.dumps(manifest.recommender)}`"
     return f"""---
-library_name: transformers
+library_name: {library}
 tags: [recommendation]
 ---
 # {manifest.name}
 
-A language-model recommender: it names a user's next item. Backbone: `{json.dumps(manifest.backbone)}`; objective:
-`{json.dumps(manifest.objective)}`; data fingerprint `{manifest.data_fingerprint[:12]}`.
+{what} {made_of}; data fingerprint `{manifest.data_fingerprint[:12]}`.
 
 | validation metric | value |
 |---|---|

@@ -128,4 +128,13 @@ class SearchConfig(StrictModel):
         10, ge=1, description="beam: nodes kept per level of branching; exact: nodes expanded a forward."
     )
     node_budget: int = Field(400, ge=1, description="exact: the most nodes that are expanded for one history.")
-    temperature: float = Field(1.0, gt=0, description="Divides the logits before the softmax; changes the order.")
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="Divides the logits before the softmax; changes the order. null: the temperature that the model "
+        "was trained at.",
+    )
+
+    def at_temperature(self, trained: float) -> SearchConfig:
+        """These settings at the temperature `trained`, unless they name one of their own."""
+        return self if self.temperature is not None else self.model_copy(update={"temperature": trained})

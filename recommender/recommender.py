@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,33 +10,17 @@ import numpy as np
 import torch
 
 from recommender.backbone import Backbone, add_lora, shortened
-from recommender.bundle import Manifest, read_manifest, write_bundle
+from recommender.bundle import LANGUAGE_MODEL, Manifest, read_manifest, write_bundle
 from recommender.config import LoraConfig, SearchConfig
 from recommender.errors import UserError
 from recommender.items import ItemSpace
+from recommender.recommendation import Recommendation, allowed_items
 from recommender.search import TreeSearch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ADAPTER = "adapter_config.json"  # marks a bundle that holds an adapter
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """The top-K for one history.
-
-    Attributes:
-        items: item indices, best first; fewer than k when the filters leave fewer.
-        scores: sums of log-probabilities, in the same order.
-        exact: whether this is proven to be the true top-K of the allowed items.
-        expansions: trie nodes that the search expanded.
-    """
-
-    items: list[int]
-    scores: list[float]
-    exact: bool
-    expansions: int
 
 
 class Recommender:
@@ -80,12 +63,13 @@ class Recommender:
             search: in place of the bundle's own search settings.
 
         Raises:
-            UserError: missing, damaged or of another version.
+            UserError: missing, damaged, of another version, or the bundle of a collaborative model.
         """
         directory = Path(bundle).expanduser()
-        manifest = read_manifest(directory)
+        manifest = language_model_manifest(directory)
         if search is not None:
-            manifest = manifest.model_copy(update={"search": search})
+            trained = manifest.search.temperature or 1.0
+            manifest = manifest.model_copy(update={"search": search.at_temperature(trained)})
         space = ItemSpace.load(directory)
         model: Any = _open(directory, dtype)
         return cls(space, Backbone(model.to(device), space.tokenizer), manifest)
@@ -117,7 +101,9 @@ class Recommender:
         """
         prompts = [self._prompt(history) for history in histories]
         rankings = self._search.search(
-            prompts, k if isinstance(k, int) else list(k), self._allowed(len(histories), exclude, allow)
+            prompts,
+            k if isinstance(k, int) else list(k),
+            allowed_items(len(histories), len(self.catalogue), exclude, allow),
         )
         return [
             Recommendation(ranking.items.tolist(), ranking.scores.tolist(), ranking.exact, ranking.expansions)
@@ -132,23 +118,6 @@ class Recommender:
             prompt = self.space.prompt.encode(history)
         return prompt
 
-    def _allowed(
-        self,
-        rows: int,
-        exclude: Sequence[Collection[int]] | None,
-        allow: Sequence[Collection[int] | None] | None,
-    ) -> torch.Tensor | None:
-        if not any(exclude or ()) and all(only is None for only in allow or ()):
-            return None
-        allowed = torch.ones(rows, len(self.catalogue), dtype=torch.bool)
-        for row in range(rows):
-            if allow is not None and (only := allow[row]) is not None:
-                allowed[row] = False
-                allowed[row, list(only)] = True
-            if exclude is not None:
-                allowed[row, list(exclude[row])] = False
-        return allowed
-
 
 def starting_point(bundle: str | Path, lora: LoraConfig | None, dtype: torch.dtype, seed: int = 0) -> Backbone:
     """A bundle's model to train on: an adapter is folded in, LoRA adapters drawn from `seed` go on top if asked for."""
@@ -162,6 +131,18 @@ def starting_point(bundle: str | Path, lora: LoraConfig | None, dtype: torch.dty
     if lora is not None:
         model = add_lora(model, lora, seed)
     return Backbone(model, ItemSpace.load(source).tokenizer)
+
+
+def language_model_manifest(bundle: Path) -> Manifest:
+    """The manifest of a language model's bundle, its files checked against it.
+
+    Raises:
+        UserError: missing, damaged, of another version, or the bundle of a collaborative model.
+    """
+    manifest = read_manifest(bundle)
+    if manifest.kind != LANGUAGE_MODEL:
+        raise UserError(f"{bundle}: holds a collaborative model ({manifest.kind}), and a language model is needed here")
+    return manifest
 
 
 def _open(bundle: Path, dtype: torch.dtype | None) -> Any:
@@ -185,7 +166,7 @@ def _open(bundle: Path, dtype: torch.dtype | None) -> Any:
 
 
 def _merged(bundle: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    read_manifest(bundle)
+    language_model_manifest(bundle)
     model = _open(bundle, dtype)
     return model.merge_and_unload() if (bundle / ADAPTER).exists() else model
 
@@ -197,7 +178,7 @@ def merge_adapter(bundle: str | Path, directory: str | Path) -> None:
         UserError: the bundle holds no adapter.
     """
     source = Path(bundle).expanduser()
-    manifest = read_manifest(source)
+    manifest = language_model_manifest(source)
     if not (source / ADAPTER).exists():
         raise UserError(f"{source}: holds full weights, there is no adapter to merge")
     space = ItemSpace.load(source)

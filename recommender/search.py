@@ -254,7 +254,7 @@ class TreeSearch:
         Logits [P, V] exist block by block only.
         """
         block = max(1, _LOGITS_AT_ONCE // self.backbone.vocabulary)
-        temperature = self.config.temperature
+        temperature = self.config.temperature or 1.0
         picked = torch.zeros(len(token), device=hidden.device)
         norms = []
         for begin in range(0, len(hidden), block):

@@ -45,6 +45,7 @@ class Row:
         source: int32 [E]; the token whose hidden state predicts.
         target: int32 [E]; the token that is predicted.
         nodes: int32 [E]; trie node of the prediction, −1 where the target is forced.
+        sample: int32 [E]; which of the row's samples it belongs to, in the order that they were given in.
     """
 
     tokens: np.ndarray
@@ -53,6 +54,7 @@ class Row:
     source: np.ndarray
     target: np.ndarray
     nodes: np.ndarray
+    sample: np.ndarray
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -93,6 +95,7 @@ def build_row(samples: Sequence[Sample]) -> Row:
         np.concatenate(source),
         np.concatenate(target).astype(np.int32),
         np.concatenate(nodes).astype(np.int32),
+        np.repeat(np.array(order, np.int32), [len(part) for part in target]),
     )
 
 
@@ -113,6 +116,7 @@ class Batch:
         source: int64 [E]; positions in the flattened [B·L] of the tokens that predict.
         target: int64 [E].
         nodes: int64 [E].
+        sample: int64 [E]; the sample of each prediction, numbered through the rows.
         tokens: how many of the B·L positions are not padding.
     """
 
@@ -122,6 +126,7 @@ class Batch:
     source: torch.Tensor
     target: torch.Tensor
     nodes: torch.Tensor
+    sample: torch.Tensor
     tokens: int
 
     def to(self, device: torch.device | str) -> Batch:
@@ -154,8 +159,8 @@ def collate(rows: Sequence[Row], padding: int, branching_only: bool = False, mul
     input_ids = np.full((count, length), padding, np.int64)
     position_ids = np.zeros((count, length), np.int64)
     end = np.tile(np.arange(1, length + 1, dtype=np.int64), (count, 1))
-    source, target, nodes = [], [], []
-    chains = True
+    source, target, nodes, sample = [], [], [], []
+    chains, samples = True, 0
     for i, row in enumerate(rows):
         size = len(row)
         input_ids[i, :size] = row.tokens
@@ -166,6 +171,8 @@ def collate(rows: Sequence[Row], padding: int, branching_only: bool = False, mul
         source.append(row.source[kept].astype(np.int64) + i * length)
         target.append(row.target[kept])
         nodes.append(row.nodes[kept])
+        sample.append(row.sample[kept].astype(np.int64) + samples)
+        samples += int(row.sample.max(initial=-1)) + 1
     if chains:  # plain causal rows: transformers reads positions that begin anew as packed sequences
         position_ids[:] = np.arange(length)
     return Batch(
@@ -175,5 +182,6 @@ def collate(rows: Sequence[Row], padding: int, branching_only: bool = False, mul
         torch.from_numpy(np.concatenate(source)),
         torch.from_numpy(np.concatenate(target).astype(np.int64)),
         torch.from_numpy(np.concatenate(nodes).astype(np.int64)),
+        torch.from_numpy(np.concatenate(sample)),
         sum(map(len, rows)),
     )

@@ -171,6 +171,31 @@ class RadixTrie:
         predicted_at[offsets[item] + self.depth[branching][owner]] = branching[owner]
         return predicted_at
 
+    @property
+    def first_branching(self) -> int:
+        """The node at which items first part: the root, or below it where all items open with the same tokens."""
+        return int(self.first_child[0]) if self.child_count[0] == 1 < self.nodes - 1 else 0
+
+    @cached_property
+    def _edges(self) -> np.ndarray:
+        """int64 [nodes − 1], rising: parent and first token of each node but the root, as one number."""
+        return (self.parent[1:].astype(np.int64) << 32) | self.first_token[1:]
+
+    def child_of(self, nodes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """The children that tokens lead to.
+
+        Parameters
+        ----------
+        nodes, tokens : int [N]
+
+        Returns
+        -------
+        int64 [N], -1 where a node has no child that begins with the token
+        """
+        wanted = (nodes.astype(np.int64) << 32) | tokens
+        at = np.minimum(np.searchsorted(self._edges, wanted), len(self._edges) - 1)
+        return np.where(self._edges[at] == wanted, at + 1, -1)
+
     def to(self, device: torch.device | str) -> TrieTensors:
         """Copy to a device."""
 

@@ -14,14 +14,14 @@ from pydantic import ValidationError
 
 from recommender.catalogue import Catalogue
 from recommender.errors import UserError
-from recommender.recommender import Recommendation, Recommender
+from recommender.recommendation import AnyRecommender, Recommendation
 from service import problems, schema
 from service.batching import Batcher
 from service.config import ServingConfig
 from service.problems import Problem
 from service.schema import FieldError
 
-DESCRIPTION = """The next items for a user's history: the top-K of the whole catalogue by a language model's scores.
+DESCRIPTION = """The next items for a user's history: the top-K of the whole catalogue by the model's scores.
 
 Errors are problem documents (RFC 9457, `application/problem+json`) that name the faulty field.
 """
@@ -37,7 +37,7 @@ class Query:
     allow: set[int] | None
 
 
-def create_api(recommender: Recommender, config: ServingConfig) -> FastAPI:
+def create_api(recommender: AnyRecommender, config: ServingConfig) -> FastAPI:
     """The endpoint around a loaded recommender.
 
     The application must be run with its lifespan, which holds the thread that searches.

@@ -45,11 +45,11 @@ class Endpoint:
     def __init__(self, bundle: str, serving: ServingConfig):
         from transformers.utils import logging as transformers_logging
 
-        from recommender.recommender import Recommender
+        from recommender.loading import load_recommender
 
         transformers_logging.disable_progress_bar()
         self.serving = serving
-        self.recommender = Recommender.load(
+        self.recommender = load_recommender(
             bundle, "cuda" if serving.gpus_per_replica else "cpu", search=serving.search
         )
         self.recommender.recommend([[0]], 1)

@@ -2,11 +2,50 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
+from recommender.collaborative.config import (
+    BERT4RecConfig,
+    BPRConfig,
+    CaserConfig,
+    GRU4RecConfig,
+    SASRecConfig,
+)
 from recommender.config import StrictModel
+
+
+class LanguageModelConfig(StrictModel):
+    """A language model that names the next item; `backbone`, `objective` and `training` say more."""
+
+    kind: Literal["language_model"] = "language_model"
+
+
+RecommenderConfig = Annotated[
+    LanguageModelConfig | SASRecConfig | GRU4RecConfig | BERT4RecConfig | CaserConfig | BPRConfig,
+    Field(discriminator="kind"),
+]
+
+
+class CollaborativeBundle(StrictModel):
+    """A collaborative model that was trained before, on the same catalogue."""
+
+    kind: Literal["bundle"] = "bundle"
+    path: str = Field(description="Its bundle.")
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        """Workers run in directories of their own."""
+        return str(Path(path).expanduser().absolute())
+
+
+RewardConfig = Annotated[
+    SASRecConfig | GRU4RecConfig | BERT4RecConfig | CaserConfig | BPRConfig | CollaborativeBundle,
+    Field(discriminator="kind"),
+]
 
 
 class TrainingConfig(StrictModel):
@@ -27,7 +66,7 @@ class TrainingConfig(StrictModel):
     )
     accumulation: int = Field(1, ge=1, description="Micro-batches a worker runs for one optimiser step.")
     logits_memory_mb: int = Field(
-        256, ge=1, description="Most memory for one chunk of logits; above it the prediction layer runs in chunks."
+        256, ge=1, description="Most memory for logits and losses; the prediction layer runs in pieces that fit."
     )
     learning_rate: float = Field(1e-3, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the rate rises.")

@@ -19,8 +19,8 @@ from recommender.bundle import read_manifest
 from recommender.catalogue import Catalogue
 from recommender.config import SearchConfig
 from recommender.errors import UserError
+from recommender.loading import load_recommender
 from recommender.metrics import bootstrap_interval, metric_values, popularity_ranks
-from recommender.recommender import Recommender
 from trainer.cluster import check_resources, connect
 from trainer.config import ClusterConfig, EvaluationConfig
 from trainer.data.dataset import Dataset
@@ -184,7 +184,7 @@ class _RankingWorker:
         import torch
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self._recommender = Recommender.load(bundle, device, search=search)
+        self._recommender = load_recommender(bundle, device, search=search)
         self._targets = held_out(Dataset.load(dataset_dir), split, limit)
 
     def rank(self, at: np.ndarray, k: int, exclude_seen: bool, batch: int) -> Ranking:

@@ -12,11 +12,19 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from objectives.config import ILRecConfig, ObjectiveConfig
+from objectives.config import ILRecConfig, ObjectiveConfig, needs_rewards
+from recommender.collaborative.config import SASRecConfig
 from recommender.config import BackboneConfig, IdentifierConfig, PresetBackbone, PromptConfig, SearchConfig, StrictModel
 from recommender.errors import UserError
 from service.config import ServingConfig
-from trainer.config import ClusterConfig, EvaluationConfig, TrainingConfig
+from trainer.config import (
+    ClusterConfig,
+    EvaluationConfig,
+    LanguageModelConfig,
+    RecommenderConfig,
+    RewardConfig,
+    TrainingConfig,
+)
 from trainer.data.config import DataConfig
 from trainer.simulator_config import WorldConfig
 
@@ -31,11 +39,22 @@ class Experiment(StrictModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Names the run: <storage>/<name>.")
     world: WorldConfig | None = Field(None, description="Simulate this world first and use it as data.")
     data: DataConfig | None = Field(None, description="Interactions and items. Left out only where `world` is given.")
+    recommender: RecommenderConfig = Field(
+        LanguageModelConfig(),
+        description="What is trained: a language model, or a collaborative model on the same data under the same "
+        "protocol, to which `identifier`, `prompt`, `backbone`, `init_from`, `objective`, `training`, `search` and "
+        "`collaborative` do not apply.",
+    )
     identifier: IdentifierConfig = IdentifierConfig()
     prompt: PromptConfig = PromptConfig()
     backbone: BackboneConfig = PresetBackbone()
     init_from: str | None = Field(None, description="A bundle whose weights training starts from.")
     objective: ObjectiveConfig = ILRecConfig()
+    collaborative: RewardConfig | None = Field(
+        SASRecConfig(),
+        description="The collaborative model that the objective takes rewards and similar users from, if it needs "
+        "one: its config (it is trained once for the data and reused), or {kind: bundle, path: …}.",
+    )
     training: TrainingConfig = TrainingConfig()
     cluster: ClusterConfig = ClusterConfig()
     search: SearchConfig = SearchConfig()
@@ -46,6 +65,12 @@ class Experiment(StrictModel):
     def _fits_together(self) -> Experiment:
         if (self.world is None) == (self.data is None):
             raise ValueError("give either `data` (your files) or `world` (a simulated one)")
+        if self.collaborative is None and needs_rewards(self.objective):
+            raise ValueError(
+                "objective.crr_weight > 0 takes rewards from a collaborative model, and collaborative is null: leave "
+                "it out for the default SASRec, name one ({kind: sasrec}, {kind: bundle, path: …}), or set crr_weight "
+                "to 0"
+            )
         if isinstance(self.backbone, PresetBackbone) and self.backbone.lora is not None and self.init_from is None:
             raise ValueError(
                 "backbone.lora: adapters on a preset with fresh weights need `init_from`; or leave lora out"

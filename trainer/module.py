@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from objectives.chunks import objective_sums
+from objectives.blocks import Block, child_blocks, vocabulary_blocks
+from objectives.head import objective_sums
 from objectives.objective import Objective
+from objectives.rewards import Histories, Rewards, RewardSource
 from recommender.backbone import Backbone
 from recommender.tree import Batch
-from recommender.trie import TrieTensors
+from recommender.trie import RadixTrie
 
 _SUBLAYERS = ("self_attn", "attn", "attention", "mlp")
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a forward takes: rows, their predictions in blocks and, where the objective takes them, rewards."""
+
+    batch: Batch
+    blocks: list[Block]
+    rewards: Rewards | None
 
 
 class TrainedModel(nn.Module):
@@ -21,33 +35,58 @@ class TrainedModel(nn.Module):
     Everything that touches weights happens inside `forward`, through modules, because ZeRO-3 gathers a module's weights
     when it is called.
 
+    Args:
+        trie: of the catalogue.
+        reward_source: where the objective takes rewards.
+        logits_memory_mb: see `objectives.head.objective_sums`.
+
     Attributes:
-        sums: after a forward, the detached sums over positions of everything that the objective reports.
+        sums: after a forward, the detached sums over positions of everything that the objective computes.
     """
 
-    def __init__(self, backbone: Backbone, objective: Objective, trie: TrieTensors, dropout: float = 0.0):
+    def __init__(
+        self,
+        backbone: Backbone,
+        objective: Objective,
+        trie: RadixTrie,
+        dropout: float = 0.0,
+        reward_source: RewardSource | None = None,
+        logits_memory_mb: int = 256,
+    ):
         super().__init__()
         self.model = backbone.model
         self.backbone = backbone
         self.objective = objective
         self.trie = trie
+        self.reward_source = reward_source
+        self.logits_memory_mb = logits_memory_mb
         self.sums: dict[str, Tensor] = {}
         if dropout:
             add_dropout(backbone, dropout)
 
-    def forward(self, batch: Batch, chunks: int = 1) -> Tensor:
-        """The sum of losses over the batch's predictions.
+    def micro_batch(self, batch: Batch, histories: Histories | None = None) -> MicroBatch:
+        """A batch of rows, from `collate` and on the CPU, with all that `forward` needs, on the model's device.
 
         Args:
-            batch: rows on the model's device, from `collate`.
-            chunks: see `objectives.chunks.objective_sums`.
+            histories: of the batch's samples, where the objective takes rewards.
         """
-        backbone, objective = self.backbone, self.objective
+        blocks_of = partial(child_blocks, self.trie) if self.objective.valid_only else vocabulary_blocks
+        blocks = [block.to(self.backbone.device) for block in blocks_of(batch.nodes, batch.target)]
+        rewards = None
+        if self.reward_source is not None and histories is not None:
+            rewards = self.reward_source.rewards(histories, batch.sample.numpy(), batch.nodes.numpy())
+        return MicroBatch(batch.to(self.backbone.device), blocks, rewards)
+
+    def forward(self, micro_batch: MicroBatch) -> Tensor:
+        """The sum of losses over the batch's predictions."""
+        backbone, objective, batch = self.backbone, self.objective, micro_batch.batch
         with backbone.tapped(objective.layers) as taps:
             hidden = backbone.hidden(batch.input_ids, batch.attention_mask(), batch.position_ids)
         states = hidden.flatten(0, 1)[batch.source]
         layers = [taps[layer].flatten(0, 1)[batch.source] for layer in objective.layers]
-        sums = objective_sums(objective, backbone, self.trie, states, layers, batch.target, batch.nodes, chunks)
+        sums = objective_sums(
+            objective, backbone, states, layers, micro_batch.blocks, micro_batch.rewards, self.logits_memory_mb
+        )
         self.sums = {name: value.detach() for name, value in sums.items()}
         return sums["loss"]
 
@@ -68,12 +107,6 @@ def add_dropout(backbone: Backbone, probability: float) -> None:
         for name, child in layer.named_children():
             if name in _SUBLAYERS:
                 child.register_forward_hook(hook)
-
-
-def chunk_count(predictions: int, vocabulary: int, layers: int, memory_mb: int) -> int:
-    """How many chunks keep the logits of `layers` + 1 layers within `memory_mb` MiB of float32."""
-    positions = max(1, memory_mb * 2**20 // (4 * vocabulary * (layers + 1)))
-    return max(1, -(-predictions // positions))
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -13,6 +13,8 @@ from recommender.backbone import load_tokenizer
 from recommender.catalogue import Catalogue
 from recommender.files import replace_directory
 from recommender.items import ItemSpace
+from recommender.recommender import language_model_manifest
+from trainer.config import LanguageModelConfig
 from trainer.data.config import DataConfig, InteractionsData
 from trainer.data.dataset import Dataset, prepare_dataset
 from trainer.experiment import Experiment
@@ -29,7 +31,7 @@ def prepare(experiment: Experiment, say: Say = print, fresh: bool = False) -> Pa
         fresh: replace what was prepared even where a run of another config was trained on it.
 
     Returns:
-        `<run>/prepared`, with `dataset/` and `items/`. Each is complete or absent.
+        `<run>/prepared`, with `dataset/` and, for a language model, `items/`. Each is complete or absent.
 
     Raises:
         UserError: a mistake in the data, or the run's directory belongs to another config.
@@ -39,6 +41,8 @@ def prepare(experiment: Experiment, say: Say = print, fresh: bool = False) -> Pa
     prepared = experiment.run_dir / "prepared"
     prepared.mkdir(parents=True, exist_ok=True)
     dataset = prepare_dataset(source_of(experiment, say), prepared / "dataset", progress=say)
+    if not isinstance(experiment.recommender, LanguageModelConfig):
+        return prepared  # a collaborative model knows items by their numbers
     space = item_space(experiment, dataset)
     dataset.add_stats(spelling_stats(space))
     aside = Path(tempfile.mkdtemp(prefix=".items-", dir=prepared))
@@ -67,7 +71,9 @@ def item_space(experiment: Experiment, dataset: Dataset) -> ItemSpace:
     """Spell the dataset's catalogue with the tokenizer of the backbone, or of the bundle that training starts from."""
     catalogue = Catalogue(dataset.item_ids, dataset.titles, dataset.items_table)
     if experiment.init_from is not None:
-        tokenizer = ItemSpace.load(Path(experiment.init_from).expanduser()).tokenizer
+        bundle = Path(experiment.init_from)
+        language_model_manifest(bundle)
+        tokenizer = ItemSpace.load(bundle).tokenizer
     else:
         tokenizer = load_tokenizer(experiment.backbone, catalogue.titles)
     return ItemSpace.build(catalogue, tokenizer, experiment.identifier, experiment.prompt)

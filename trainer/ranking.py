@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recommender.recommender import Recommender
+from recommender.recommendation import AnyRecommender
 from trainer.data.dataset import Dataset
 
 
@@ -62,7 +62,7 @@ class Ranking:
 
 
 def ranks_of(
-    recommender: Recommender,
+    recommender: AnyRecommender,
     split: HeldOut,
     k: int,
     exclude_seen: bool,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from objectives.rewards import Histories
 from recommender.items import ItemSpace
 from recommender.tree import Row, Sample, build_row
 from trainer.config import TrainingConfig
@@ -87,6 +88,7 @@ class TrainingRows:
         ]
         sources = group_targets(dataset, "train", space.prompt.config.history, training.windows, training.stride)
         self.rows = [self._row(source) for source in sources]
+        self._sources = sources
         self.lengths = np.array([len(row) for row in self.rows], np.int64)
         self.counted = np.array(
             [int((row.nodes >= 0).sum()) if branching_only else len(row.nodes) for row in self.rows], np.int64
@@ -95,6 +97,16 @@ class TrainingRows:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def histories(self, numbers: np.ndarray) -> Histories:
+        """The items that the samples of some rows have seen, and their targets."""
+        sources = [self._sources[number] for number in numbers]
+        windows = [self._items[s.start : s.start + int(s.lengths[-1]) + 1] for s in sources]
+        return Histories(
+            [window[:-1] for window in windows],
+            [source.lengths for source in sources],
+            [window[source.lengths] for window, source in zip(windows, sources, strict=True)],
+        )
 
     def _row(self, source: RowSource) -> Row:
         items = self._items[source.start : source.start + int(source.lengths[-1]) + 1]

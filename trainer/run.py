@@ -6,12 +6,16 @@ import json
 import shutil
 from typing import Any
 
+from objectives.config import needs_rewards
 from recommender.errors import UserError
+from trainer.config import LanguageModelConfig
 from trainer.experiment import Experiment
 
 _FILE = "experiment.json"
 _FINGERPRINT = "data fingerprint"
-_SECTIONS = ("world", "data", "identifier", "prompt", "backbone", "init_from", "objective", "training")
+_DATA = ("world", "data", "recommender")
+_LANGUAGE_MODEL = (*_DATA, "identifier", "prompt", "backbone", "init_from", "objective", "training")
+_COLLABORATIVE = (*_DATA, "evaluation")  # validation, which chooses the epoch
 # How a run is carried out and where its files lie, not what comes out of it: these may change before a resumption.
 _FREE = {
     "training": (
@@ -22,6 +26,8 @@ _FREE = {
         "checkpoint_every",
         "patience",
     ),
+    "recommender": ("epochs", "patience"),
+    "evaluation": ("cutoffs", "test_targets", "batch", "bootstrap"),
     "data": ("interactions", "items", "train", "validation", "test"),
 }
 
@@ -77,7 +83,11 @@ def claim(experiment: Experiment, data_fingerprint: str, fresh: bool) -> None:
 def _identity(experiment: Experiment, data_fingerprint: str | None) -> dict[str, Any]:
     """What decides a run's outcome, flat: field → value. Where the data lie does not; what is in them does."""
     flat: dict[str, Any] = {_FINGERPRINT: data_fingerprint}
-    for section, values in experiment.model_dump(mode="json", include=set(_SECTIONS)).items():
+    language_model = isinstance(experiment.recommender, LanguageModelConfig)
+    sections = set(_LANGUAGE_MODEL if language_model else _COLLABORATIVE)
+    if language_model and needs_rewards(experiment.objective):
+        sections.add("collaborative")
+    for section, values in experiment.model_dump(mode="json", include=sections).items():
         if isinstance(values, dict):
             free = _FREE.get(section, ())
             flat |= {f"{section}.{name}": value for name, value in values.items() if name not in free}

@@ -1,6 +1,6 @@
 """The training loop that every Ray Train worker runs, top to bottom.
 
-All ranks make the same sequence of collective calls: the same number of micro-batches, of head chunks, of reports.
+All ranks make the same sequence of collective calls: the same number of micro-batches, of reports.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from objectives.config import ILRecConfig, ObjectiveConfig
 from objectives.objective import build_objective
+from objectives.rewards import RewardSource
 from recommender.backbone import Backbone, load_backbone
 from recommender.bundle import Manifest
+from recommender.collaborative.recommender import load_model
 from recommender.errors import UserError
 from recommender.items import ItemSpace
 from recommender.metrics import metric_values
 from recommender.probe import check_tree
 from recommender.recommender import Recommender, starting_point
-from recommender.tree import PADDING_MULTIPLE, Batch, Row, collate
+from recommender.tree import PADDING_MULTIPLE, Row, collate
 from trainer import checkpoint
 from trainer.config import TrainingConfig
 from trainer.data.dataset import Dataset
 from trainer.engine import build_engine, copy_weights, loss_scale, set_learning_rate
 from trainer.experiment import Experiment
-from trainer.module import TrainedModel, chunk_count, dtype_of
+from trainer.module import MicroBatch, TrainedModel, dtype_of
 from trainer.plan import BatchPlan, Step
 from trainer.ranking import held_out, ranks_of
 from trainer.rows import TrainingRows
@@ -56,14 +59,20 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train until the last epoch, or until validation NDCG@10 has not risen for `patience` epochs.
 
     Args:
-        config: `experiment` (JSON), `prepared` (the directory that `prepare` wrote), `log` (a file for progress).
+        config: `experiment` (JSON), `prepared` (the directory that `prepare` wrote), `log` (a file for progress),
+            `collaborative` (the bundle of the model that rewards come from, or None).
 
     Returns:
         `error`: what the user has to mend, or None. Such a mistake is the same on every rank, and a restart would only
         repeat it; so it is returned, and not raised for Ray to try again.
     """
     try:
-        _train(Experiment.model_validate_json(config["experiment"]), Path(config["prepared"]), Path(config["log"]))
+        _train(
+            Experiment.model_validate_json(config["experiment"]),
+            Path(config["prepared"]),
+            Path(config["log"]),
+            config["collaborative"],
+        )
     except (UserError, FloatingPointError) as error:
         return {"error": str(error)}
     except torch.OutOfMemoryError as error:  # on one rank perhaps, while the others wait: Ray ends them all
@@ -71,7 +80,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     return {"error": None}
 
 
-def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
+def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str | None) -> None:
     training = experiment.training
     rank, world = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
@@ -80,12 +89,13 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
 
     backbone = starting_backbone(experiment, space)
     backbone.to(device)
-    objective = build_objective(experiment.objective, backbone.num_layers)
+    objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
     rows = TrainingRows(dataset, space, training, objective.branching_only)
     check_tree(backbone, longest_path(backbone, rows))
     if training.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    module = TrainedModel(backbone, objective, space.trie.to(device), training.dropout)
+    rewards = reward_source(experiment.objective, space, collaborative, device)
+    module = TrainedModel(backbone, objective, space.trie, training.dropout, rewards, training.logits_memory_mb)
     engine = build_engine(module, training)
     plan = BatchPlan(rows.lengths, rows.counted, training.batch_tokens, training.seed)
     total_steps = plan.steps_per_epoch * training.epochs
@@ -94,11 +104,12 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
         f"{plan.steps_per_epoch} steps an epoch on {world} workers, longest row {rows.lengths.max()} tokens"
     )
 
-    state: dict[str, Any] = {"step": 0, "best": -1.0, "stale": 0, "sums": {}, "epochs": []}
+    state: dict[str, Any] = {"step": 0, "best": -1.0, "stale": 0, "sums": {}, "epochs": [], "objective": {}}
     resumed = ray.train.get_checkpoint()
     if resumed is not None:
         with resumed.as_directory() as directory:
             state = checkpoint.load(engine, Path(directory))
+        objective.state = state["objective"]
         say(f"resumed at step {state['step']} of {total_steps}")
 
     started, first_step = time.monotonic(), state["step"]
@@ -109,11 +120,12 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
         for step in steps[state["step"] % plan.steps_per_epoch :]:
             torch.manual_seed((training.seed * 1_000_003 + state["step"]) * 1024 + rank)  # dropout, also after a resume
             set_learning_rate(engine, learning_rate(training, state["step"], total_steps))
-            sums = optimiser_step(engine, module, step, rows, objective.branching_only, experiment, device)
-            if not math.isfinite(sums["loss"]):
-                raise_non_finite(state["step"], step, sums)
+            means = objective.advance(optimiser_step(engine, module, step, rows), step.counted)
+            if not math.isfinite(means["loss"]):
+                raise_non_finite(state["step"], step, means)
             state["step"] += 1
-            meter.update(state["step"], step, int(rows.lengths[step.rows].sum()), sums)
+            state["objective"] = objective.state
+            meter.update(state["step"], step, int(rows.lengths[step.rows].sum()), means)
             inside = state["step"] % plan.steps_per_epoch
             if training.checkpoint_every and inside and inside % training.checkpoint_every == 0:
                 # Worse than any validated checkpoint: it is only kept while it is the latest.
@@ -138,6 +150,15 @@ def starting_backbone(experiment: Experiment, space: ItemSpace) -> Backbone:
     if experiment.init_from is None:
         return load_backbone(experiment.backbone, space.tokenizer, dtype, seed)
     return starting_point(experiment.init_from, experiment.backbone.lora, dtype, seed)
+
+
+def reward_source(
+    objective: ObjectiveConfig, space: ItemSpace, collaborative: str | None, device: torch.device
+) -> RewardSource | None:
+    """Where the objective's token rewards come from, if it takes any: the collaborative model's bundle."""
+    if collaborative is None or not isinstance(objective, ILRecConfig):
+        return None
+    return RewardSource(load_model(collaborative, str(device)), space.trie, objective.crr_items)
 
 
 def longest_path(backbone: Backbone, rows: TrainingRows) -> int:
@@ -171,57 +192,48 @@ def learning_rate(training: TrainingConfig, step: int, total: int) -> float:
     return training.learning_rate * factor[training.schedule]
 
 
-def optimiser_step(
-    engine: Any,
-    module: TrainedModel,
-    step: Step,
-    rows: TrainingRows,
-    branching_only: bool,
-    experiment: Experiment,
-    device: torch.device,
-) -> dict[str, float]:
+def optimiser_step(engine: Any, module: TrainedModel, step: Step, rows: TrainingRows) -> dict[str, float]:
     """Run one step of the plan: every micro-batch forward and backward, then the update.
 
     The loss is Σ over counted positions of the global batch / their number; each micro-batch contributes its own share
     of that, scaled by what DeepSpeed divides by.
 
     Returns:
-        Means over the global batch of everything that the objective reports. Where the loss is not finite, the weights
+        Sums over the global batch of everything that the objective computes. Where the loss is not finite, the weights
         have not been touched.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     engine.train()
     totals: torch.Tensor | None = None
-    micro_batches = step.micro_batches(world, experiment.training.accumulation)
+    names: list[str] = []
+    micro_batches = step.micro_batches(world, engine.gradient_accumulation_steps())
     for number, ranks in enumerate(micro_batches):
-        predictions = max(int(rows.counted[r].sum()) for r in ranks)  # of the busiest rank: all use its chunk count
-        layers = len(module.objective.layers)
-        chunks = chunk_count(predictions, module.backbone.vocabulary, layers, experiment.training.logits_memory_mb)
-        batch = micro_batch(rows, ranks[rank], module.backbone.padding, branching_only).to(device)
-        loss = engine(batch, chunks)
+        loss = engine(micro_batch(module, rows, ranks[rank]))
         engine.backward(loss * (loss_scale(engine) / max(step.counted, 1)))
-        values = torch.stack([module.sums[name].double() for name in sorted(module.sums)])
+        names = sorted(module.sums)
+        values = torch.stack([module.sums[name].double() for name in names])
         totals = values if totals is None else totals + values
         if number == len(micro_batches) - 1:
-            assert totals is not None
             dist.all_reduce(totals)
-            if not torch.isfinite(totals).all():
+            if not totals[names.index("loss")].isfinite():
                 break
         engine.step()
     assert totals is not None
-    if torch.isfinite(totals).all() and not engine.was_step_applied():
+    sums = dict(zip(names, totals.tolist(), strict=True))
+    if math.isfinite(sums["loss"]) and not engine.was_step_applied():
         raise FloatingPointError(f"the loss is finite, its gradients are not. {NOT_FINITE}")
-    means = (totals / max(step.counted, 1)).tolist()
-    return dict(zip(sorted(module.sums), means, strict=True))
+    return sums
 
 
-def micro_batch(rows: TrainingRows, numbers: np.ndarray, padding: int, branching_only: bool) -> Batch:
-    """Collate rows; a rank without any runs the shortest row with nothing to predict, to stay in step."""
+def micro_batch(module: TrainedModel, rows: TrainingRows, numbers: np.ndarray) -> MicroBatch:
+    """Rows as a forward takes them; a rank without any runs the shortest with nothing to predict, to stay in step."""
     if len(numbers):
-        return collate([rows.rows[number] for number in numbers], padding, branching_only)
-    row = rows.rows[int(rows.lengths.argmin())]
-    nothing = np.empty(0, np.int32)
-    return collate([Row(row.tokens, row.end, row.depth, nothing, nothing, nothing)], padding)
+        chosen = [rows.rows[number] for number in numbers]
+    else:
+        row, nothing = rows.rows[int(rows.lengths.argmin())], np.empty(0, np.int32)
+        chosen = [Row(row.tokens, row.end, row.depth, nothing, nothing, nothing, nothing)]
+    batch = collate(chosen, module.backbone.padding, module.objective.branching_only)
+    return module.micro_batch(batch, rows.histories(numbers) if module.reward_source is not None else None)
 
 
 def validate(engine: Any, experiment: Experiment, space: ItemSpace, dataset: Dataset) -> dict[str, float]:
@@ -229,7 +241,8 @@ def validate(engine: Any, experiment: Experiment, space: ItemSpace, dataset: Dat
     rank, world = dist.get_rank(), dist.get_world_size()
     started = time.monotonic()
     backbone = unsharded(engine, experiment, space)
-    recommender = Recommender(space, backbone, Manifest(name=experiment.name, search=experiment.search))
+    search = experiment.search.at_temperature(engine.module.objective.temperature)
+    recommender = Recommender(space, backbone, Manifest(name=experiment.name, search=search))
     evaluation = experiment.evaluation
     split = held_out(dataset, "validation", evaluation.validation_targets)
     mine = np.arange(rank, len(split), world)

@@ -1,0 +1,36 @@
+"""Opening a bundle, whatever kind of recommender it holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from recommender.bundle import LANGUAGE_MODEL, read_manifest
+from recommender.collaborative.recommender import CollaborativeRecommender
+from recommender.config import SearchConfig
+from recommender.recommendation import AnyRecommender
+from recommender.recommender import Recommender
+
+
+def load_recommender(
+    bundle: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    search: SearchConfig | None = None,
+) -> AnyRecommender:
+    """Open a bundle as the recommender that its manifest names.
+
+    Args:
+        bundle: the directory that `ilrec train` or `ilrec export` wrote.
+        device: e.g. "cpu", "cuda".
+        dtype: of a language model's weights; None = as they were saved.
+        search: in place of a language model's own search settings. A collaborative model scores every item.
+
+    Raises:
+        UserError: missing, damaged or of another version.
+    """
+    directory = Path(bundle).expanduser()
+    if read_manifest(directory).kind == LANGUAGE_MODEL:
+        return Recommender.load(directory, device, dtype, search)
+    return CollaborativeRecommender.load(directory, device)

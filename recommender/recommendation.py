@@ -1,0 +1,72 @@
+"""What any recommender answers, whatever model is behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from recommender.bundle import Manifest
+from recommender.catalogue import Catalogue
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The top-K for one history.
+
+    Attributes:
+        items: item indices, best first; fewer than k when the filters leave fewer.
+        scores: log-probabilities of the items, in the same order.
+        exact: whether this is proven to be the true top-K of the allowed items.
+        expansions: trie nodes that the search expanded; 0 for a model that scores every item.
+    """
+
+    items: list[int]
+    scores: list[float]
+    exact: bool
+    expansions: int
+
+
+class AnyRecommender(Protocol):
+    """A language model with its search, or a collaborative model: what evaluation and the endpoint ask of them."""
+
+    catalogue: Catalogue
+    manifest: Manifest
+
+    def recommend(
+        self,
+        histories: Sequence[Sequence[int]],
+        k: int | Sequence[int] = 10,
+        exclude: Sequence[Collection[int]] | None = None,
+        allow: Sequence[Collection[int] | None] | None = None,
+    ) -> list[Recommendation]:
+        """The top-K items for each history.
+
+        Args:
+            histories: item indices, oldest first.
+            k: how many items, for all or for each.
+            exclude: items that may not be recommended, for each history.
+            allow: if not None, the only items that may be, for each history.
+        """
+        ...
+
+
+def allowed_items(
+    rows: int,
+    items: int,
+    exclude: Sequence[Collection[int]] | None,
+    allow: Sequence[Collection[int] | None] | None,
+) -> torch.Tensor | None:
+    """What the filters leave: bool [rows, items], or None where they leave everything."""
+    if not any(exclude or ()) and all(only is None for only in allow or ()):
+        return None
+    allowed = torch.ones(rows, items, dtype=torch.bool)
+    for row in range(rows):
+        if allow is not None and (only := allow[row]) is not None:
+            allowed[row] = False
+            allowed[row, list(only)] = True
+        if exclude is not None:
+            allowed[row, list(exclude[row])] = False
+    return allowed

@@ -1,0 +1,322 @@
+"""The five collaborative models: embeddings, scores, losses, bundles, and the recommender around them."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from pydantic import ValidationError
+from torch import nn
+
+from recommender.bundle import Manifest, read_manifest
+from recommender.catalogue import Catalogue
+from recommender.collaborative.bert4rec import BERT4Rec
+from recommender.collaborative.config import (
+    BERT4RecConfig,
+    BPRConfig,
+    CaserConfig,
+    CollaborativeConfig,
+    GRU4RecConfig,
+    SASRecConfig,
+)
+from recommender.collaborative.model import CausalModel, CollaborativeModel, TrainingBatch
+from recommender.collaborative.recommender import CollaborativeRecommender, build_model, load_model
+from recommender.errors import UserError
+from recommender.loading import load_recommender
+from recommender.recommender import Recommender, merge_adapter, starting_point
+from service.api import create_api
+from service.config import ServingConfig
+
+ITEMS, ROOM = 30, 8
+SHAPE = {"dim": 16, "max_length": ROOM}
+CONFIGS: list[CollaborativeConfig] = [
+    SASRecConfig(**SHAPE),
+    GRU4RecConfig(**SHAPE, layers=2),
+    BERT4RecConfig(**SHAPE),
+    CaserConfig(**SHAPE),
+    BPRConfig(**SHAPE, negatives=4),
+]
+CAUSAL = [config for config in CONFIGS if config.kind != "bert4rec"]
+HISTORIES = [[3, 20, 7], [29], [], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [4, 4, 4]]
+
+
+def shaken(config: CollaborativeConfig, seed: int = 0) -> CollaborativeModel:
+    """A model whose weights are large enough for everything to matter."""
+    torch.manual_seed(seed)
+    model = build_model(config, ITEMS).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda config: config.kind)
+def model(request: pytest.FixtureRequest) -> CollaborativeModel:
+    return shaken(request.param)
+
+
+@pytest.fixture
+def recommender(model: CollaborativeModel) -> CollaborativeRecommender:
+    catalogue = Catalogue([f"i{n}" for n in range(ITEMS)], [f"Title {n}" for n in range(ITEMS)])
+    manifest = Manifest(name="cf", recommender=model.config.model_dump(mode="json"), metrics={"validation_HR@10": 0.2})
+    return CollaborativeRecommender(catalogue, model, manifest)
+
+
+def batch_of(windows: list[list[int]], targets: list[list[int]], negatives: list[int] | None = None) -> TrainingBatch:
+    """Windows and the places of their targets, padded on the right."""
+    longest = max(map(len, windows))
+    items, wanted = np.zeros((len(windows), longest), np.int64), np.zeros((len(windows), longest), bool)
+    for row, (window, places) in enumerate(zip(windows, targets, strict=True)):
+        items[row, : len(window)] = window
+        wanted[row, places] = True
+    return TrainingBatch(
+        items=torch.from_numpy(items),
+        lengths=torch.tensor([len(window) for window in windows]),
+        targets=torch.from_numpy(wanted),
+        draws=torch.rand(items.shape, generator=torch.Generator().manual_seed(0)),
+        negatives=None if negatives is None else torch.tensor(negatives),
+    )
+
+
+# ---- Embeddings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [ROOM, ROOM + 5])
+def test_prefixes_are_embedded_as_if_alone(model: CollaborativeModel, length: int) -> None:
+    items = np.random.default_rng(0).integers(0, ITEMS, length)
+    lengths = np.array([length, 0, 1, 3, length - 1, 3])
+    other, fewer = items[::-1][: length - 2].copy(), np.array([2, length - 2])
+    together = model.embed_prefixes([items, other], [lengths, fewer])
+    alone = torch.cat([model.embed([items[:n]]) for n in lengths] + [model.embed([other[:n]]) for n in fewer])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    assert together.isfinite().all()
+    assert (together[0] - together[3]).abs().max() > 1e-3
+
+
+def test_company_and_padding_change_nothing(model: CollaborativeModel) -> None:
+    histories = [np.array(history, np.int64) for history in HISTORIES]
+    together = model.embed(histories)
+    alone = torch.cat([model.embed([history]) for history in histories])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+def test_only_the_last_items_are_read(model: CollaborativeModel) -> None:
+    items = np.arange(ROOM + 4)
+    early, late = items.copy(), items.copy()
+    early[3], late[4] = 29, 29
+    whole, without, changed = model.embed([items, early, late])
+    assert torch.equal(whole, without)
+    assert (whole - changed).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("config", CAUSAL, ids=lambda config: config.kind)
+def test_a_later_item_never_changes_an_earlier_state(config: CollaborativeConfig) -> None:
+    model = shaken(config)
+    assert isinstance(model, CausalModel)
+    items = torch.arange(ROOM)[None]
+    states = model.states(items)
+    for place in range(ROOM):
+        changed = items.clone()
+        changed[0, place] = 29
+        moved = (model.states(changed) - states).abs().amax(2)[0] > 1e-7
+        assert not moved[:place].any()
+        assert moved[place]
+
+
+@pytest.mark.parametrize("config", CAUSAL, ids=lambda config: config.kind)  # BERT4Rec reads the mask alone
+def test_an_empty_history_scores_the_biases(config: CollaborativeConfig) -> None:
+    model = shaken(config)
+    scores = model.scores(model.embed([np.empty(0, np.int64)]))
+    torch.testing.assert_close(scores[0], model.bias)
+
+
+def test_scores_are_of_all_items_and_of_nothing_else(model: CollaborativeModel) -> None:
+    embedding = model.embed([np.array([1, 2])])
+    scores = model.scores(embedding)
+    assert scores.shape == (1, ITEMS)
+    assert scores.dtype == torch.float32
+    expected = [(embedding[0] @ model.table.weight[i] + model.bias[i]).item() for i in range(ITEMS)]
+    np.testing.assert_allclose(scores[0].detach(), expected, atol=1e-5)
+
+
+# ---- Losses ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CAUSAL[:-1], ids=lambda config: config.kind)
+def test_the_loss_is_the_sum_over_the_targets_alone(config: CollaborativeConfig) -> None:
+    """−log softmax of each target after its own prefix, computed one by one."""
+    model = shaken(config)
+    windows, targets = [[3, 1, 4, 1, 5], [9, 2, 6]], [[1, 4], [2]]
+    loss, counted = model.loss_sum(batch_of(windows, targets))
+    assert counted == 3
+    expected = 0.0
+    for window, places in zip(windows, targets, strict=True):
+        for place in places:
+            scores = model.scores(model.embed([np.array(window[:place])]))
+            expected -= scores.log_softmax(1)[0, window[place]].item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_sampled_softmax_is_over_the_target_and_the_negatives() -> None:
+    model = shaken(CONFIGS[0])
+    loss, _ = model.loss_sum(batch_of([[3, 1, 4]], [[2]], negatives=[7, 4, 9]))  # 4 is the target itself
+    scores = model.scores(model.embed([np.array([3, 1])]))[0]
+    assert loss.item() == pytest.approx(-scores[[4, 7, 9]].log_softmax(0)[0].item(), rel=1e-5)
+
+
+def test_bpr_compares_pairs() -> None:
+    model = shaken(CONFIGS[4])
+    loss, _ = model.loss_sum(batch_of([[3, 1, 4]], [[2]], negatives=[7, 4, 9]))
+    scores = model.scores(model.embed([np.array([3, 1])]))[0]
+    expected = -sum(torch.nn.functional.logsigmoid(scores[4] - scores[n]) for n in (7, 9)) / 3
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_bert4rec_masks_targets_and_at_least_one_in_each_window() -> None:
+    windows = [[3, 1, 4, 1, 5], [9, 2, 6]] * 50
+    batch = batch_of(windows, [[1, 3, 4], [1]] * 50)
+    model = shaken(BERT4RecConfig(**SHAPE, masked=0.3, last_only=0.4))
+    assert isinstance(model, BERT4Rec)
+    hidden = model._hidden(batch)
+    assert not (hidden & ~batch.targets).any()
+    assert hidden.any(1).all()
+    last = hidden[::2][:, 4] & ~hidden[::2][:, 1] & ~hidden[::2][:, 3]
+    assert 20 <= int(last.sum()) <= 45  # of 50: those that had to, and those that drew so
+    assert model.loss_sum(batch)[1] == int(hidden.sum())
+
+
+def test_bert4rec_reads_both_sides_but_never_what_it_restores(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shaken(BERT4RecConfig(**SHAPE, last_only=1.0))  # masks place 2, the last target
+    embeddings: list[torch.Tensor] = []
+
+    def spy(found: torch.Tensor, *_: object) -> torch.Tensor:
+        embeddings.append(found)
+        return found.sum()
+
+    monkeypatch.setattr(model, "prediction_loss", spy)
+    for window in ([3, 1, 4, 1, 5], [3, 1, 9, 1, 5], [3, 1, 4, 8, 5], [3, 7, 4, 1, 5]):
+        model.loss_sum(batch_of([window], [[1, 2]]))
+    plain, other_target, other_later, other_earlier = embeddings
+    assert torch.equal(plain, other_target)
+    assert not torch.allclose(plain, other_later)
+    assert not torch.allclose(plain, other_earlier)
+
+
+# ---- The recommender and its bundle ----------------------------------------------------------------------------------
+
+
+def test_recommendations_are_those_of_brute_force(recommender: CollaborativeRecommender) -> None:
+    with torch.no_grad():
+        scores = recommender.model.scores(recommender.model.embed([np.array(h, np.int64) for h in HISTORIES]))
+    probabilities = scores.log_softmax(1).double().numpy()
+    allow = [None, {3, 4, 5}, set(range(20)), None, {8}]
+    exclude = [{3, 20, 7}, {5}, set(), set(range(28)), set()]
+    k = [5, 4, 30, 3, 2]
+    answers = recommender.recommend(HISTORIES, k, exclude, allow)
+    for row, answer in enumerate(answers):
+        left = sorted(set(range(ITEMS) if allow[row] is None else allow[row]) - exclude[row])
+        best = sorted(left, key=lambda item: (-probabilities[row, item], item))[: k[row]]
+        assert answer.items == best
+        np.testing.assert_allclose(answer.scores, probabilities[row, best], atol=1e-6)
+        assert answer.exact
+        assert answer.expansions == 0
+    assert [len(answer.items) for answer in answers] == [5, 2, 20, 2, 1]
+    [everything] = recommender.recommend([[1]], 1000)
+    assert sorted(everything.items) == list(range(ITEMS))
+
+
+def test_equal_scores_come_in_the_catalogue_s_order(recommender: CollaborativeRecommender) -> None:
+    model = copy.deepcopy(recommender.model)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    with torch.no_grad():
+        model.bias[[25, 11]] = 1.0
+    tied = CollaborativeRecommender(recommender.catalogue, model, recommender.manifest)
+    assert tied.recommend([[1, 2]], 6)[0].items == [11, 25, 0, 1, 2, 3]
+
+
+def test_what_is_saved_comes_back(recommender: CollaborativeRecommender, tmp_path: Path) -> None:
+    recommender.save(tmp_path / "bundle")
+    loaded = load_recommender(tmp_path / "bundle")
+    assert isinstance(loaded, CollaborativeRecommender)
+    assert loaded.model.config == recommender.model.config
+    assert loaded.catalogue.item_ids == recommender.catalogue.item_ids
+    for name, value in recommender.model.state_dict().items():
+        assert torch.equal(value, loaded.model.state_dict()[name])
+    assert [vars(a) for a in loaded.recommend(HISTORIES, 7)] == [vars(a) for a in recommender.recommend(HISTORIES, 7)]
+    assert torch.equal(load_model(tmp_path / "bundle").bias, recommender.model.bias)
+    assert read_manifest(tmp_path / "bundle").kind == recommender.model.config.kind
+    assert {path.suffix for path in (tmp_path / "bundle").iterdir()} <= {
+        ".json",
+        ".md",
+        ".parquet",
+        ".safetensors",
+        ".marisa",
+    }
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    model = shaken(CONFIGS[0])
+    catalogue = Catalogue([f"i{n}" for n in range(ITEMS)], [f"Title {n}" for n in range(ITEMS)])
+    manifest = Manifest(name="cf", recommender=model.config.model_dump(mode="json"))
+    CollaborativeRecommender(catalogue, model, manifest).save(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_each_kind_of_bundle_is_refused_where_the_other_is_needed(bundle: Path, tiny_bundle: Path) -> None:
+    assert isinstance(load_recommender(tiny_bundle), Recommender)
+    with pytest.raises(UserError, match=r"holds a language model, and a collaborative one is needed.*sasrec"):
+        load_model(tiny_bundle)
+    with pytest.raises(UserError, match=r"holds a collaborative model \(sasrec\), and a language model is needed"):
+        Recommender.load(bundle)
+    with pytest.raises(UserError, match="a language model is needed"):
+        starting_point(bundle, None, torch.float32)
+    with pytest.raises(UserError, match="a language model is needed"):
+        merge_adapter(bundle, bundle.parent / "merged")
+
+
+def test_a_damaged_bundle_is_refused(bundle: Path) -> None:
+    damaged = shutil.copytree(bundle, bundle.parent / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=r"model\.safetensors: differs from its checksum"):
+        load_model(damaged)
+    path = damaged / "recommender.json"
+    path.write_text(path.read_text().replace("checksums", "no_checksums"))
+    with pytest.raises(UserError, match="its model cannot be read"):
+        load_model(damaged)
+
+
+def test_the_endpoint_serves_it(bundle: Path) -> None:
+    recommender = load_recommender(bundle)
+    with TestClient(create_api(recommender, ServingConfig())) as client:
+        answer = client.post("/v1/recommendations", json={"history": ["i3", "Title 20"], "k": 4}).json()
+        [model] = client.get("/v1/models").json()["models"]
+    expected = recommender.recommend([[3, 20]], 4, [{3, 20}])[0]
+    assert [item["item_id"] for item in answer["items"]] == [f"i{item}" for item in expected.items]
+    assert answer["exact"]
+    assert answer["complete"]
+    assert model["items"] == ITEMS
+
+
+def test_models_need_torch_alone() -> None:
+    script = (
+        "import sys, recommender.collaborative.recommender; "
+        "sys.exit(any(name in sys.modules for name in ('ray', 'deepspeed', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_configs_are_strict() -> None:
+    with pytest.raises(ValidationError, match="dropuot"):
+        SASRecConfig.model_validate({"kind": "sasrec", "dropuot": 0.1})
+    with pytest.raises(ValidationError, match="do not divide"):
+        SASRecConfig(dim=10, heads=3)
+    with pytest.raises(ValidationError, match="negatives"):
+        BPRConfig.model_validate({"negatives": None})

@@ -1,0 +1,146 @@
+"""The driver of collaborative models on Ray Train, as recommenders by themselves or for an objective that needs one."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ray.train import TrainingFailedError
+
+from recommender.bundle import LANGUAGE_MODEL, Manifest, read_manifest
+from recommender.catalogue import Catalogue
+from recommender.collaborative.config import CollaborativeConfig
+from recommender.collaborative.recommender import CollaborativeRecommender, build_model
+from recommender.errors import UserError
+from trainer.cluster import check_resources, connect
+from trainer.collaborative_worker import load, train_worker
+from trainer.config import CollaborativeBundle, LanguageModelConfig
+from trainer.data.dataset import Dataset
+from trainer.experiment import Experiment
+from trainer.launch import following, torch_trainer
+from trainer.prepare import Say
+from trainer.run import claim
+from trainer.worker import SELECTION
+
+
+def fit_collaborative(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool = False) -> Path:
+    """Train the experiment's collaborative recommender on Ray and write the best epoch as a bundle.
+
+    A run that was interrupted goes on from its latest epoch when called again; a finished one is not repeated.
+
+    Args:
+        fresh: start over, whatever an earlier run left.
+
+    Returns:
+        `<run>/bundle`.
+
+    Raises:
+        UserError: the directory holds another config's run, the cluster is too small, or training stopped for a reason
+            that the user can mend.
+    """
+    dataset = Dataset.load(prepared / "dataset")
+    connect()
+    check_resources(experiment.cluster, experiment.cluster.workers)
+    claim(experiment, dataset.fingerprint, fresh)
+    return _fit(experiment, dataset, prepared, say)
+
+
+def ensure_collaborative(experiment: Experiment, prepared: Path, say: Say = print) -> Path:
+    """The collaborative model that a language model's objective takes rewards from, as `collaborative` says.
+
+    One that is given by its config is trained once under `<storage>/collaborative/<kind>-<hash>`, whatever experiment
+    asks for it: the hash is of the data, the config and the validation that chooses the epoch.
+
+    Returns:
+        Its bundle, whose items are the dataset's, in the same order.
+
+    Raises:
+        UserError: there is none, it is no collaborative model, it is of another catalogue, or it cannot be trained.
+    """
+    config = experiment.collaborative
+    if config is None:
+        raise UserError("collaborative: null, but the objective needs a collaborative model; leave it out for SASRec")
+    dataset = Dataset.load(prepared / "dataset")
+    bundle = (
+        Path(config.path)
+        if isinstance(config, CollaborativeBundle)
+        else _shared(experiment, config, dataset, prepared, say)
+    )
+    if read_manifest(bundle).kind == LANGUAGE_MODEL:
+        raise UserError(
+            f"collaborative: {bundle} holds a language model; give the bundle of a collaborative one "
+            "(--set recommender.kind=sasrec trains it), or its config"
+        )
+    if Catalogue.load(bundle).item_ids != dataset.item_ids:
+        raise UserError(
+            f"collaborative: {bundle} was trained on another catalogue than {dataset.path}; give one of these data, or "
+            "a config ({kind: sasrec}), which is trained on them"
+        )
+    return bundle
+
+
+def _shared(experiment: Experiment, config: CollaborativeConfig, dataset: Dataset, prepared: Path, say: Say) -> Path:
+    evaluation = experiment.evaluation
+    decisive = [
+        dataset.fingerprint,
+        config.model_dump(mode="json"),
+        evaluation.validation_targets,
+        evaluation.exclude_seen,
+    ]
+    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
+    storage = experiment.run_dir.parent / "collaborative"
+    run = experiment.model_copy(
+        update={
+            "name": f"{config.kind}-{digest}",
+            "recommender": config,
+            "cluster": experiment.cluster.model_copy(update={"storage": str(storage)}),
+        }
+    )
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    with (run.run_dir / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of experiments that start together one trains, the others wait for it
+        bundle = run.run_dir / "bundle"
+        if bundle.exists():
+            say(f"collaborative model: {bundle}")
+            return bundle
+        say(f"training the collaborative model ({config.kind}) once, in {run.run_dir}")
+        connect()
+        check_resources(run.cluster, run.cluster.workers)
+        return _fit(run, dataset, prepared, say)
+
+
+def _fit(run: Experiment, dataset: Dataset, prepared: Path, say: Say) -> Path:
+    if not len(dataset.targets["validation"].position):
+        raise UserError("data: there is no validation target, and the best epoch is chosen on them; add data")
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    log = run.run_dir / "train.log"
+    with following(log, say):
+        try:
+            result: Any = torch_trainer(run, prepared, log, train_worker).fit()  # Ray's stubs show the old Result
+        except TrainingFailedError:
+            say("training failed; once the cause is mended, the same command goes on from the latest epoch")
+            raise
+    if result.return_value["error"]:
+        raise UserError(result.return_value["error"])
+    saved, metrics = max(result.best_checkpoints, key=lambda entry: entry[1][SELECTION])
+
+    config = run.recommender
+    assert not isinstance(config, LanguageModelConfig)
+    model = build_model(config, len(dataset.item_ids))
+    with saved.as_directory() as directory:
+        load(Path(directory), model)
+    manifest = Manifest(
+        name=run.name,
+        recommender=config.model_dump(mode="json"),
+        data_fingerprint=dataset.fingerprint,
+        metrics={name: float(metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")},
+    )
+    catalogue = Catalogue(dataset.item_ids, dataset.titles, dataset.items_table)
+    bundle = run.run_dir / "bundle"
+    CollaborativeRecommender(catalogue, model, manifest).save(bundle)
+    history = json.loads(result.metrics["history"])  # of the last epoch, so of all of them
+    (run.run_dir / "training.json").write_text(json.dumps(history, indent=2))
+    return bundle

@@ -1,0 +1,83 @@
+"""Ray Train jobs as an experiment's `cluster` section says, and what their workers have to tell."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from trainer.experiment import Experiment
+from trainer.prepare import Say
+from trainer.worker import SELECTION, train_worker
+
+
+@contextmanager
+def following(log: Path, say: Say) -> Iterator[None]:
+    """Say every line that the workers append to `log` from now on, while the block runs."""
+    log.touch()
+    done = threading.Event()
+
+    def follow() -> None:
+        with log.open() as file:
+            file.seek(0, os.SEEK_END)
+            while True:
+                last = done.is_set()
+                while line := file.readline():
+                    say(line.rstrip())
+                if last:
+                    return
+                done.wait(0.5)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def torch_trainer(
+    experiment: Experiment,
+    prepared: Path,
+    log: Path,
+    worker: Callable[[dict[str, Any]], Any] = train_worker,
+    collaborative: Path | None = None,
+) -> TorchTrainer:
+    """The Ray Train job of an experiment: `worker` on every rank."""
+    cluster = experiment.cluster
+    resources = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    environment = {"OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker)))}
+    if not cluster.gpus_per_worker:
+        environment["DS_ACCELERATOR"] = "cpu"
+    configuration: dict[str, Any] = {"worker_runtime_env": {"env_vars": environment}}  # not in Ray's stubs
+    return TorchTrainer(
+        worker,
+        train_loop_config={
+            "experiment": experiment.model_dump_json(),
+            "prepared": str(prepared),
+            "log": str(log),
+            "collaborative": None if collaborative is None else str(collaborative),
+        },
+        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(experiment.run_dir),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=2, checkpoint_score_attribute=SELECTION, checkpoint_score_order="max"
+            ),
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            **configuration,
+        ),
+    )
