@@ -92,9 +92,11 @@ def train(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  #
     from trainer.experiment import load_experiment
 
     experiment = load_experiment(config, overrides)
+    from trainer.fit import check_model
     from trainer.fit import train as fit
     from trainer.prepare import prepare as write_prepared
 
+    check_model(experiment)
     bundle = fit(experiment, write_prepared(experiment, _say, fresh), _say, fresh)
     _say(f"bundle: {bundle}\nnext: ilrec evaluate {config}, or ilrec serve {bundle}")
 

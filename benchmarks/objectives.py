@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,10 +33,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.catalogues import random_titles
 from objectives import losses
-from objectives.config import ILRecConfig, LMLConfig, MSLConfig, ObjectiveConfig
+from objectives.config import ILRecConfig, LMLConfig, MSLConfig, ObjectiveConfig, needs_rewards
 from objectives.objective import Predictions, build_objective
+from objectives.rewards import Histories, RewardSource
 from recommender.backbone import Backbone
+from recommender.collaborative.config import SASRecConfig
+from recommender.collaborative.sasrec import SASRec
 from recommender.tree import Batch, Row, Sample, build_row, collate
 from recommender.trie import RadixTrie
 from trainer.module import MicroBatch, TrainedModel
@@ -46,9 +51,20 @@ CONTENDERS: dict[str, ObjectiveConfig] = {
     "MSL + ATS": MSLConfig(temperature="adaptive"),
     "ILRec": ILRecConfig(),
     "ILRec k=3": ILRecConfig(k=3),
+    "ILRec + CRR": ILRecConfig(crr_weight=0.01),
     "ILRec, masked": ILRecConfig(vocabulary="valid"),
+    "ILRec + CRR, masked": ILRecConfig(vocabulary="valid", crr_weight=0.01),
 }
 NAIVE = ("LML", "MSL", "ILRec", "ILRec k=3")
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A row and what its samples have seen: see `objectives.rewards.Histories`."""
+
+    row: Row
+    items: np.ndarray
+    lengths: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -56,8 +72,8 @@ class Work:
     """The same targets as tree rows and as plain rows, and the catalogue's trie."""
 
     trie: RadixTrie
-    tree: list[Row]
-    plain: list[Row]
+    tree: list[Sequence]
+    plain: list[Sequence]
 
 
 def make_work(users: int, items: int, vocabulary: int, history: int, seed: int = 0) -> Work:
@@ -69,8 +85,8 @@ def make_work(users: int, items: int, vocabulary: int, history: int, seed: int =
     trie = RadixTrie.build(tokens, offsets)
     nodes = trie.prediction_nodes()
     end = np.array([1], np.int32)
-    tree: list[Row] = []
-    plain: list[Row] = []
+    tree: list[Sequence] = []
+    plain: list[Sequence] = []
     for _ in range(users):
         seen = rng.integers(0, items, history + 1)
         samples = [
@@ -81,21 +97,10 @@ def make_work(users: int, items: int, vocabulary: int, history: int, seed: int =
             )
             for length in range(history // 2, history + 1)
         ]
-        tree.append(build_row(samples))
-        plain.extend(build_row([sample]) for sample in samples)
+        lengths = np.arange(history // 2, history + 1)
+        tree.append(Sequence(build_row(samples), seen, lengths))
+        plain += [Sequence(build_row([one]), seen, lengths[i : i + 1]) for i, one in enumerate(samples)]
     return Work(trie, tree, plain)
-
-
-def random_titles(items: int, vocabulary: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Distinct spelled titles, int32, each closed by token 1."""
-    words = rng.permutation(np.arange(2, vocabulary))
-    openings = max(items // 6, 2)  # Office: 2,414 items, some 400 first tokens; Games: 16,859 and 2,500
-    titles: set[tuple[int, ...]] = set()
-    while len(titles) < items:
-        opening = int(openings * rng.beta(0.6, 1.6))
-        following = (opening * 7 + rng.integers(0, 12, int(rng.integers(2, 7)))) % (vocabulary - 2)
-        titles.add((int(words[opening % len(words)]), *map(int, words[following])))
-    return [np.array([*title, 1], np.int32) for title in sorted(titles)]
 
 
 def make_backbone(args: argparse.Namespace, vocabulary: int) -> Backbone:
@@ -133,74 +138,87 @@ class Contender:
 
 
 def contenders(args: argparse.Namespace, backbone: Backbone, work: Work) -> list[Contender]:
-    """Every objective on both kinds of rows, and the naive forms on tree rows."""
+    """Every objective on both kinds of rows, and the naive forms on tree rows. A step makes its batches too."""
+    torch.manual_seed(0)
+    collaborative = SASRec(SASRecConfig(), len(work.trie)).to(backbone.device)
     made = []
     for rows_name, rows in (("tree", work.tree), ("plain", work.plain)):
+        parts = _parts(rows, args.batch_tokens)
         for name, config in CONTENDERS.items():
             objective = build_objective(config, backbone.num_layers, work.trie)
-            module = TrainedModel(backbone, objective, work.trie, logits_memory_mb=args.logits_memory_mb)
-            batches = [
-                module.micro_batch(collate(part, 0, objective.branching_only))
-                for part in _parts(rows, args.batch_tokens)
-            ]
+            rewards = RewardSource(collaborative, work.trie, None) if needs_rewards(config) else None
+            module = TrainedModel(backbone, objective, work.trie, 0.0, rewards, args.logits_memory_mb)
+            batches = [_micro_batch(module, part) for part in parts]
             flops = sum(model_flops(backbone, each.batch) + head_flops(backbone, config, each) for each in batches)
             tokens = sum(each.batch.tokens for each in batches)
-            made.append(Contender(name, rows_name, _stepper(module, batches), flops, tokens, []))
+            ours = _stepper(backbone, parts, partial(our_loss, module))
+            made.append(Contender(name, rows_name, ours, flops, tokens, []))
             if name in NAIVE and rows_name == "tree":
-                naive = NaiveModel(module, work.trie)
-                made.append(Contender(f"{name}, naive", rows_name, _stepper(naive, batches), flops, tokens, []))
+                naive = _stepper(backbone, parts, partial(naive_loss, module, work.trie))
+                made.append(Contender(f"{name}, naive", rows_name, naive, flops, tokens, []))
     return made
 
 
-def _parts(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
-    parts: list[list[Row]] = [[]]
-    for row in sorted(rows, key=len):
-        if parts[-1] and len(row) * (len(parts[-1]) + 1) > batch_tokens:
+def _parts(rows: list[Sequence], batch_tokens: int) -> list[list[Sequence]]:
+    parts: list[list[Sequence]] = [[]]
+    for each in sorted(rows, key=lambda sequence: len(sequence.row)):
+        if parts[-1] and len(each.row) * (len(parts[-1]) + 1) > batch_tokens:
             parts.append([])
-        parts[-1].append(row)
+        parts[-1].append(each)
     return parts
 
 
-def _stepper(module: torch.nn.Module, batches: list[MicroBatch]) -> Callable[[], float]:
+def _micro_batch(module: TrainedModel, part: list[Sequence]) -> MicroBatch:
+    batch = collate([each.row for each in part], 0, module.objective.branching_only)
+    histories = Histories(
+        [each.items for each in part], [each.lengths for each in part], [each.items[each.lengths] for each in part]
+    )
+    return module.micro_batch(batch, histories)
+
+
+def _stepper(
+    backbone: Backbone, parts: list[list[Sequence]], loss_of: Callable[[list[Sequence]], Tensor]
+) -> Callable[[], float]:
     def step() -> float:
         total = 0.0
-        for batch in batches:
-            loss = module(batch)
+        for part in parts:
+            loss = loss_of(part)
             loss.backward()
             total += loss.item()
-        for parameter in module.parameters():
-            parameter.grad = None
+        backbone.model.zero_grad()
         return total
 
     return step
 
 
-class NaiveModel(torch.nn.Module):
-    """The same losses by plain autograd: logits of every layer for the whole batch at once, masks [P, V]."""
+def our_loss(module: TrainedModel, part: list[Sequence]) -> Tensor:
+    """The loss as training computes it."""
+    return module(_micro_batch(module, part))
 
-    def __init__(self, module: TrainedModel, trie: RadixTrie):
-        super().__init__()
-        self.model, self.inner, self.trie = module.model, module, trie
 
-    def forward(self, micro_batch: MicroBatch) -> Tensor:
-        backbone, objective, batch = self.inner.backbone, self.inner.objective, micro_batch.batch
-        with backbone.tapped(objective.layers) as taps:
-            hidden = backbone.hidden(batch.input_ids, batch.attention_mask(), batch.position_ids)
-        states = [hidden, *(backbone.norm(taps[layer]) for layer in objective.layers)]
-        logits = [backbone.logits(state.flatten(0, 1)[batch.source]).float() for state in states]
-        if objective.valid_only:
-            invalid = ~valid_mask(self.trie, batch, backbone.vocabulary)
-            logits = [each.masked_fill(invalid, -torch.inf) for each in logits]
-            return losses.masked_softmax(logits[0], batch.target, objective.temperature).sum()
-        return objective.losses(Predictions(logits[0], logits[1:], batch.target, batch.nodes))["loss"].sum()
+def naive_loss(module: TrainedModel, trie: RadixTrie, part: list[Sequence]) -> Tensor:
+    """The same loss by plain autograd: logits of every layer for the whole batch at once, masks [P, V]."""
+    backbone, objective = module.backbone, module.objective
+    batch = collate([each.row for each in part], 0, objective.branching_only).to(backbone.device)
+    with backbone.tapped(objective.layers) as taps:
+        hidden = backbone.hidden(batch.input_ids, batch.attention_mask(), batch.position_ids)
+    states = [hidden, *(backbone.norm(taps[layer]) for layer in objective.layers)]
+    logits = [backbone.logits(state.flatten(0, 1)[batch.source]).float() for state in states]
+    if objective.valid_only:
+        invalid = ~valid_mask(trie, batch, backbone.vocabulary)
+        logits = [each.masked_fill(invalid, -torch.inf) for each in logits]
+        return losses.masked_softmax(logits[0], batch.target, objective.temperature).sum()
+    return objective.losses(Predictions(logits[0], logits[1:], batch.target, batch.nodes))["loss"].sum()
 
 
 def valid_mask(trie: RadixTrie, batch: Batch, vocabulary: int) -> Tensor:
     """bool [P, V], True for the children of each prediction's node."""
-    mask = torch.zeros(len(batch.target), vocabulary, dtype=torch.bool)
-    for row, node in enumerate(batch.nodes.tolist()):
-        first = int(trie.first_child[node])
-        mask[row, torch.from_numpy(trie.first_token[first : first + int(trie.child_count[node])]).long()] = True
+    nodes = batch.nodes.cpu().numpy()
+    count = trie.child_count[nodes]
+    row = np.repeat(np.arange(len(nodes)), count)
+    child = trie.first_child[nodes][row] + np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+    mask = torch.zeros(len(nodes), vocabulary, dtype=torch.bool)
+    mask[torch.from_numpy(row), torch.from_numpy(trie.first_token[child]).long()] = True
     return mask.to(batch.target.device)
 
 

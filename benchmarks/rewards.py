@@ -20,27 +20,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.objectives import random_titles
+from benchmarks.catalogues import SimulatedModel, random_titles
 from objectives.rewards import Histories, Rewards, RewardSource
 from recommender.trie import RadixTrie
-
-
-class SimulatedModel(nn.Module):
-    """Stands in for a collaborative model: a random embedding a history, Gaussian scores of a given spread."""
-
-    def __init__(self, items: int, width: int, spread: float):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.table = nn.Parameter(torch.randn(items, width, generator=generator) * spread / width**0.5)
-
-    def embed_prefixes(self, sequences: Any, lengths: Any) -> Tensor:
-        count = sum(map(len, lengths))
-        return torch.randn(count, self.table.shape[1], generator=torch.Generator().manual_seed(1))
-
-    def scores(self, embedding: Tensor) -> Tensor:
-        return embedding @ self.table.T
 
 
 def simulated(items: int, samples: int, spread: float) -> tuple[Any, RadixTrie, Histories]:
@@ -62,12 +46,15 @@ def simulated(items: int, samples: int, spread: float) -> tuple[Any, RadixTrie, 
 
 
 def trained(bundle: Path, run: Path, samples: int) -> tuple[Any, RadixTrie, Histories]:
+    from recommender.catalogue import Catalogue
     from recommender.collaborative.recommender import load_model
     from recommender.items import ItemSpace
     from trainer.data.dataset import Dataset
     from trainer.ranking import held_out
 
     dataset, space = Dataset.load(run / "prepared" / "dataset"), ItemSpace.load(run / "prepared" / "items")
+    if Catalogue.load(bundle).item_ids != dataset.item_ids:
+        raise SystemExit(f"{bundle} and {run} are of different catalogues")
     split = held_out(dataset, "validation", samples)
     histories = [history[-space.prompt.config.history :] for history in split.histories]
     lengths = [np.array([len(history)]) for history in histories]
@@ -108,6 +95,8 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path, help="a collaborative bundle, in place of simulated scores")
     parser.add_argument("--run", type=Path, help="a run on the same data: its catalogue, trie and validation histories")
     args = parser.parse_args()
+    if (args.bundle is None) != (args.run is None):
+        parser.error("--bundle and --run go together")
     torch.set_num_threads(1)
     if args.bundle:
         cases = [trained(args.bundle, args.run, args.samples)]

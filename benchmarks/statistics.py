@@ -39,8 +39,9 @@ def paired_difference(
 
     A resample draws users with replacement, the same for both methods and all seeds (they are paired; a user brings all
     of its targets), and for each method seeds with replacement. What seeds and users have to do with each other is
-    counted in both draws, so intervals are rather too wide than too narrow (Owen, The pigeonhole bootstrap, 2007). With
-    one seed a method, intervals know nothing of other seeds.
+    counted in both draws, so as to users intervals are rather too wide than too narrow (Owen, The pigeonhole bootstrap,
+    2007). As to seeds they are too narrow with few of them: where three seeds differ more than users explain, 82 % of
+    the intervals hold the truth. With one seed a method, intervals know nothing of other seeds.
 
     Args:
         first: float [seeds, targets]; per-target values of a metric.

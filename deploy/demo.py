@@ -16,7 +16,7 @@ from recommender.bundle import read_manifest
 from trainer.data.dataset import Dataset
 from trainer.evaluation import evaluate
 from trainer.experiment import Experiment
-from trainer.fit import train
+from trainer.fit import check_model, train
 from trainer.prepare import Say, prepare
 from trainer.ranking import held_out
 
@@ -36,6 +36,7 @@ def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[s
         seconds[stage] = round(time.monotonic() - started, 1)
         return result
 
+    check_model(experiment)
     prepared: Path = timed("prepare", prepare, experiment, say, fresh)
     bundle: Path = timed("train", train, experiment, prepared, say, fresh)
     evaluation = experiment.run_dir / "evaluation"

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from recommender.config import StrictModel
+from recommender.errors import UserError
 
-Temperature = Annotated[float, Field(gt=0)] | Literal["adaptive"]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["adaptive"]
 
 
 class LMLConfig(StrictModel):
@@ -74,6 +75,21 @@ class ILRecConfig(StrictModel):
             if self.k is not None:
                 raise ValueError("objective: give k or layers, not both")
         return self
+
+    def intermediate_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers that give the negatives: those listed, or the k below the last one.
+
+        Raises:
+            UserError: some are not in 1 … L−1.
+        """
+        layers = self.layers or tuple(range(num_layers - (self.k or 1), num_layers))
+        outside = [layer for layer in layers if not 1 <= layer < num_layers]
+        if outside:
+            raise UserError(
+                f"objective: layers {outside} are not intermediate layers of a backbone with {num_layers} layers; "
+                f"choose k < {num_layers}, or layers from 1 to {num_layers - 1}"
+            )
+        return layers
 
 
 ObjectiveConfig = Annotated[LMLConfig | MSLConfig | ILRecConfig, Field(discriminator="kind")]

@@ -75,10 +75,8 @@ class _Work:
         for block in self.blocks:
             for piece in block.pieces(self._positions(block, weight)):
                 columns = _Columns(weight, bias, piece.tokens)
-                own = [state[piece.at] for state in states]
-                leaves = [columns.logits(each).float().requires_grad_(self.gradients) for each in own]
-                # From here on the logits' own dtype does not matter: what scales them scales float32.
-                leaves = [_masked(leaf, piece.valid) for leaf in leaves]
+                own = torch.stack([state[piece.at] for state in states])
+                leaves = [_leaf(each, piece.valid, self.gradients) for each in columns.logits(own)]
                 with torch.set_grad_enabled(self.gradients):
                     reward = None if self.rewards is None else self.rewards.of(piece, leaves[0].shape[1])
                     values = self.objective.losses(
@@ -87,9 +85,13 @@ class _Work:
                     loss = values["loss"].sum()
                 if self.gradients:
                     found = torch.autograd.grad(loss, leaves, allow_unused=True)
-                    for each, gradient, to_state in zip(own, found, to_states, strict=True):
-                        if gradient is not None:
-                            columns.backward(gradient.to(each.dtype), each, piece.at, to_state, to_weight, to_bias)
+                    learnt = [layer for layer, each in enumerate(found) if each is not None]
+                    parts = [found[layer].to(own.dtype) for layer in learnt]
+                    gradient = parts[0][None] if len(parts) == 1 else torch.stack(parts)
+                    to_own = columns.backward(gradient, own[learnt], to_weight, to_bias)
+                    for layer, each in zip(learnt, to_own, strict=True):
+                        if (to_state := to_states[layer]) is not None:
+                            to_state[piece.at] = each
                 if not self.names:
                     self.names.extend(values)
                 sums = torch.stack([values[name].detach().sum(dtype=torch.float64) for name in self.names])
@@ -106,9 +108,12 @@ class _Work:
         return max(1, self.memory_mb * 2**20 // (4 * floats))
 
 
-def _masked(logits: Tensor, valid: Tensor | None) -> Tensor:
-    with torch.no_grad():
-        return logits if valid is None else logits.masked_fill_(~valid, -torch.inf)
+def _leaf(logits: Tensor, valid: Tensor | None, gradients: bool) -> Tensor:
+    """Logits as losses see them: float32 before anything scales them, −inf where they do not count."""
+    leaf = logits.float()
+    if valid is not None:
+        leaf.masked_fill_(~valid, -torch.inf)
+    return leaf.requires_grad_(gradients)
 
 
 class _Columns:
@@ -120,41 +125,38 @@ class _Columns:
         self.bias = None if bias is None else (bias.detach() if tokens is None else bias.detach()[tokens])
 
     def logits(self, states: Tensor) -> Tensor:
-        """[n, w] of states [n, D]."""
+        """[layers, n, w] of states [layers, n, D]: one product for all layers."""
         if self.rows.dim() == 2:
             return F.linear(states, self.rows, self.bias)
-        logits = torch.bmm(self.rows, states[:, :, None]).squeeze(2)
+        logits = torch.bmm(self.rows, states.permute(1, 2, 0)).permute(2, 0, 1)
         return logits if self.bias is None else logits + self.bias
 
-    def backward(
-        self,
-        gradient: Tensor,
-        states: Tensor,
-        at: Tensor,
-        to_states: Tensor | None,
-        to_weight: Tensor | None,
-        to_bias: Tensor | None,
-    ) -> None:
-        """Add what the gradient [n, w] with respect to the logits means for states [n, D], weight and bias."""
-        shared = self.rows.dim() == 2
-        if to_states is not None:
-            to_states[at] = gradient @ self.rows if shared else torch.bmm(gradient[:, None], self.rows).squeeze(1)
+    def backward(self, gradient: Tensor, states: Tensor, to_weight: Tensor | None, to_bias: Tensor | None) -> Tensor:
+        """What the gradient [layers, n, w] with respect to the logits means for weight and bias, which it is added to,
+        and for states [layers, n, D], which it returns."""
+        if self.tokens is not None and self.tokens.dim() == 2:  # each prediction has columns of its own
+            if to_weight is not None:
+                products = torch.bmm(gradient.permute(1, 2, 0).float(), states.transpose(0, 1).float())
+                to_weight.index_add_(0, self.tokens.flatten(), products.flatten(0, 1))
+            if to_bias is not None:
+                to_bias.index_add_(0, self.tokens.flatten(), gradient.float().sum(0).flatten())
+            return torch.bmm(gradient.transpose(0, 1), self.rows).transpose(0, 1)
+
+        flat, of_states = gradient.flatten(0, 1), states.flatten(0, 1)
         if to_weight is not None:
-            if self.tokens is None and gradient.dtype == to_weight.dtype:
-                to_weight.addmm_(gradient.T, states)
-            elif self.tokens is None:
-                to_weight += gradient.T @ states
-            elif shared:
-                to_weight.index_add_(0, self.tokens, (gradient.T @ states).float())
+            if self.tokens is not None:
+                to_weight.index_add_(0, self.tokens, (flat.T @ of_states).float())
+            elif flat.dtype == to_weight.dtype:
+                to_weight.addmm_(flat.T, of_states)
             else:
-                outer = gradient[:, :, None].float() * states[:, None, :]
-                to_weight.index_add_(0, self.tokens.flatten(), outer.flatten(0, 1))
+                to_weight += flat.T @ of_states
         if to_bias is not None:
-            of_columns = gradient.float().sum(0) if shared else gradient.float().flatten()
+            of_columns = flat.float().sum(0)
             if self.tokens is None:
                 to_bias += of_columns
             else:
-                to_bias.index_add_(0, self.tokens.flatten(), of_columns)
+                to_bias.index_add_(0, self.tokens, of_columns)
+        return gradient @ self.rows
 
 
 class _HeadLoss(torch.autograd.Function):

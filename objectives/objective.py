@@ -19,7 +19,6 @@ from objectives import losses
 from objectives.config import ILRecConfig, LMLConfig, MSLConfig, ObjectiveConfig
 from objectives.losses import SelfHardNegatives
 from objectives.temperature import FIRST, OpeningLogits, moved
-from recommender.errors import UserError
 from recommender.trie import RadixTrie
 
 
@@ -49,6 +48,7 @@ class Objective(Protocol):
 
     Attributes:
         layers: intermediate layers whose logits `losses` wants, each in 1 … L−1.
+        layers_learn: whether the losses have a gradient with respect to those.
         branching_only: only positions with more than one valid token are counted; forced ones are never computed.
         valid_only: the columns are the valid tokens instead of the vocabulary.
         floats: how many float32 values `losses` and its gradient hold at once for each column, the logits included.
@@ -57,6 +57,7 @@ class Objective(Protocol):
     """
 
     layers: tuple[int, ...]
+    layers_learn: bool
     branching_only: bool
     valid_only: bool
     floats: int
@@ -82,6 +83,7 @@ class LML:
     """Plain language modelling over the response."""
 
     layers: tuple[int, ...] = ()
+    layers_learn = False
     branching_only = False
     valid_only = False
     floats = 4
@@ -101,6 +103,7 @@ class MSL:
     """Masked softmax loss at a fixed temperature. A forced token's loss is exactly 0, so those are not computed."""
 
     layers: tuple[int, ...] = ()
+    layers_learn = False
     branching_only = True
     valid_only = True
     floats = 4
@@ -124,9 +127,10 @@ class AdaptiveMSL:
     """
 
     layers: tuple[int, ...] = ()
+    layers_learn = False
     branching_only = True
     valid_only = True
-    floats = 4
+    floats = 6
 
     def __init__(self, trie: RadixTrie):
         self._opening = trie.first_branching
@@ -142,11 +146,11 @@ class AdaptiveMSL:
         values = {"loss": tau * losses.masked_softmax(logits, target, tau)}
         with torch.no_grad():
             opens = predictions.node == self._opening
-            kept = logits.double() if predictions.valid is None else logits.double().masked_fill(~predictions.valid, 0)
+            kept = logits if predictions.valid is None else logits.masked_fill(~predictions.valid, 0.0)
             values["openings"] = opens.double()
             values["opening_target"] = logits.gather(1, target[:, None]).squeeze(1).double() * opens
-            values["opening_sum"] = kept.sum(1) * opens
-            values["opening_squares"] = torch.linalg.vecdot(kept, kept) * opens
+            values["opening_sum"] = kept.sum(1, dtype=torch.float64) * opens
+            values["opening_squares"] = kept.square().sum(1, dtype=torch.float64) * opens
         return values
 
     def advance(self, sums: Mapping[str, float], counted: int) -> dict[str, float]:
@@ -166,15 +170,10 @@ class ILRec:
 
     def __init__(self, config: ILRecConfig, num_layers: int):
         self.config = config
-        layers = config.layers or tuple(range(num_layers - (config.k or 1), num_layers))
-        outside = [layer for layer in layers if not 1 <= layer < num_layers]
-        if outside:
-            raise UserError(
-                f"objective: layers {outside} are not intermediate layers of a backbone with {num_layers} layers; "
-                f"choose k < {num_layers}, or layers from 1 to {num_layers - 1}"
-            )
+        layers = config.intermediate_layers(num_layers)
         needs_layers = config.negatives_from == "intermediate" or config.cpd_weight > 0
         self.layers = layers if needs_layers else ()
+        self.layers_learn = config.cpd_weight > 0
         self.branching_only = self.valid_only = config.vocabulary == "valid"
         # Logits and their gradients; negatives, weights, penalised logits and their likes; each layer's divergence.
         self.floats = 10 + 4 * len(self.layers)

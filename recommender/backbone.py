@@ -4,30 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from recommender.config import BackboneConfig, LoraConfig, PresetBackbone
+from recommender.config import PRESETS, BackboneConfig, LoraConfig, PresetBackbone
 from recommender.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-
-class Preset(NamedTuple):
-    """Shape of a from-scratch Llama."""
-
-    hidden: int
-    layers: int
-    heads: int
-    mlp: int
-
-
-PRESETS = {"tiny": Preset(128, 4, 4, 352), "small": Preset(256, 6, 8, 704), "base": Preset(512, 8, 8, 1408)}
 
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 _LAYERS = ("layers", "h", "blocks")

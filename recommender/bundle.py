@@ -43,6 +43,7 @@ class Manifest(BaseModel):
         recommender: what kind of recommender this is (the experiment's `recommender` section); bundles from before it
             existed hold language models.
         search: how this model's top-K is found.
+        temperature: what divided the logits in the distribution that was trained.
         backbone: what was trained (the experiment's `backbone` section).
         objective: what it was trained with.
         data_fingerprint: of the prepared dataset.
@@ -56,6 +57,7 @@ class Manifest(BaseModel):
     name: str
     recommender: dict[str, Any] = {}
     search: SearchConfig = SearchConfig()
+    temperature: float = 1.0
     backbone: dict[str, Any] = {}
     objective: dict[str, Any] = {}
     data_fingerprint: str = ""

@@ -85,6 +85,18 @@ class LoraConfig(StrictModel):
     )
 
 
+class Preset(NamedTuple):
+    """Shape of a from-scratch Llama."""
+
+    hidden: int
+    layers: int
+    heads: int
+    mlp: int
+
+
+PRESETS = {"tiny": Preset(128, 4, 4, 352), "small": Preset(256, 6, 8, 704), "base": Preset(512, 8, 8, 1408)}
+
+
 class PresetBackbone(StrictModel):
     """A small Llama trained from scratch, with a tokenizer trained on the catalogue. Needs no download."""
 

@@ -44,7 +44,7 @@ class Recommender:
         self.catalogue = space.catalogue
         self.backbone.model.eval()
         self._longest_response = int(np.diff(space.identifiers.offsets).max())
-        self._search = TreeSearch(backbone, space.trie, manifest.search)
+        self._search = TreeSearch(backbone, space.trie, manifest.search.at_temperature(manifest.temperature))
 
     @classmethod
     def load(
@@ -68,8 +68,7 @@ class Recommender:
         directory = Path(bundle).expanduser()
         manifest = language_model_manifest(directory)
         if search is not None:
-            trained = manifest.search.temperature or 1.0
-            manifest = manifest.model_copy(update={"search": search.at_temperature(trained)})
+            manifest = manifest.model_copy(update={"search": search})
         space = ItemSpace.load(directory)
         model: Any = _open(directory, dtype)
         return cls(space, Backbone(model.to(device), space.tokenizer), manifest)

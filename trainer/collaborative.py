@@ -16,7 +16,7 @@ from recommender.collaborative.config import CollaborativeConfig
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
 from recommender.errors import UserError
 from trainer.cluster import check_resources, connect
-from trainer.collaborative_worker import load, train_worker
+from trainer.collaborative_worker import TOO_LARGE, load, train_worker
 from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
@@ -42,6 +42,8 @@ def fit_collaborative(experiment: Experiment, prepared: Path, say: Say = print, 
             that the user can mend.
     """
     dataset = Dataset.load(prepared / "dataset")
+    if not len(dataset.targets["validation"].position):
+        raise UserError("data: there is no validation target, and the best epoch is chosen on them; add data")
     connect()
     check_resources(experiment.cluster, experiment.cluster.workers)
     claim(experiment, dataset.fingerprint, fresh)
@@ -74,6 +76,14 @@ def ensure_collaborative(experiment: Experiment, prepared: Path, say: Say = prin
             f"collaborative: {bundle} holds a language model; give the bundle of a collaborative one "
             "(--set recommender.kind=sasrec trains it), or its config"
         )
+    if (
+        read_manifest(bundle).data_fingerprint != dataset.fingerprint
+        and Catalogue.load(bundle).item_ids == dataset.item_ids
+    ):
+        raise UserError(
+            f"collaborative: {bundle} was fitted on other data or another split than {dataset.path}, so its rewards "
+            "may know what is held out here; train one on these data, or give a config ({kind: sasrec})"
+        )
     if Catalogue.load(bundle).item_ids != dataset.item_ids:
         raise UserError(
             f"collaborative: {bundle} was trained on another catalogue than {dataset.path}; give one of these data, or "
@@ -101,7 +111,11 @@ def _shared(experiment: Experiment, config: CollaborativeConfig, dataset: Datase
     )
     run.run_dir.mkdir(parents=True, exist_ok=True)
     with (run.run_dir / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of experiments that start together one trains, the others wait for it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # of experiments that start together one trains, the others wait for it
+            say(f"another experiment is training the collaborative model in {run.run_dir}; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         bundle = run.run_dir / "bundle"
         if bundle.exists():
             say(f"collaborative model: {bundle}")
@@ -113,14 +127,14 @@ def _shared(experiment: Experiment, config: CollaborativeConfig, dataset: Datase
 
 
 def _fit(run: Experiment, dataset: Dataset, prepared: Path, say: Say) -> Path:
-    if not len(dataset.targets["validation"].position):
-        raise UserError("data: there is no validation target, and the best epoch is chosen on them; add data")
     run.run_dir.mkdir(parents=True, exist_ok=True)
     log = run.run_dir / "train.log"
     with following(log, say):
         try:
             result: Any = torch_trainer(run, prepared, log, train_worker).fit()  # Ray's stubs show the old Result
-        except TrainingFailedError:
+        except TrainingFailedError as error:
+            if TOO_LARGE in str(error):
+                raise UserError(TOO_LARGE) from error
             say("training failed; once the cause is mended, the same command goes on from the latest epoch")
             raise
     if result.return_value["error"]:

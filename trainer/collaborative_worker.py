@@ -1,7 +1,8 @@
 """The training loop of a collaborative model that every Ray Train worker runs, top to bottom.
 
 Each rank adds up the gradients of its share of a step's windows; one all-reduce of gradients, loss and number of
-targets later all ranks take the same step. So the outcome does not depend on the number of workers.
+targets later all ranks take the same step. So the outcome does not depend on the number of workers, but for dropout,
+which each rank draws for itself.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ from trainer.worker import SELECTION, Meter, Progress
 
 SCORES_AT_ONCE = 1 << 25  # of one forward pass: 128 MB, and as much again for their gradients
 
+TOO_LARGE = (
+    "The collaborative model does not fit into memory. Lower its dim, max_length or batch, or set negatives (say "
+    "4096), so that targets no longer compete with all items."
+)
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STATE, _TENSORS = "state.json", "training.safetensors"
 
@@ -53,6 +59,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         _train(Experiment.model_validate_json(config["experiment"]), Path(config["prepared"]), Path(config["log"]))
     except (UserError, FloatingPointError) as error:
         return {"error": str(error)}
+    except torch.OutOfMemoryError as error:  # on one rank perhaps, while the others wait: Ray ends them all
+        raise RuntimeError(TOO_LARGE) from error
     return {"error": None}
 
 
@@ -135,8 +143,8 @@ def optimiser_step(
     """Learn from this rank's windows `mine` of a step. Collective.
 
     Returns:
-        The sum of the losses of all ranks' targets, and their number. Where the sum is not finite, the weights have
-        not been touched.
+        The sum of the losses of all ranks' targets, and their number. Where loss or gradients are not finite, the sum
+        is not a number, and the weights have not been touched.
     """
     model.train()
     optimiser.zero_grad()
@@ -153,12 +161,13 @@ def optimiser_step(
     reduced = torch.cat([totals, *(gradient.flatten() for gradient in gradients)])
     dist.all_reduce(reduced)
     total, number_of_targets = reduced[:2].tolist()
-    if math.isfinite(total):
+    if reduced.isfinite().all():
         parts = (reduced[2:] / number_of_targets).split([p.numel() for p in parameters])
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
         optimiser.step()
-    return total, number_of_targets
+        return total, number_of_targets
+    return math.nan, number_of_targets
 
 
 def validate(

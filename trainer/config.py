@@ -5,15 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from recommender.collaborative.config import (
-    BERT4RecConfig,
-    BPRConfig,
-    CaserConfig,
-    GRU4RecConfig,
-    SASRecConfig,
-)
+from recommender.collaborative.config import CollaborativeConfig
 from recommender.config import StrictModel
 
 
@@ -23,10 +17,7 @@ class LanguageModelConfig(StrictModel):
     kind: Literal["language_model"] = "language_model"
 
 
-RecommenderConfig = Annotated[
-    LanguageModelConfig | SASRecConfig | GRU4RecConfig | BERT4RecConfig | CaserConfig | BPRConfig,
-    Field(discriminator="kind"),
-]
+RecommenderConfig = Annotated[LanguageModelConfig | CollaborativeConfig, Field(discriminator="kind")]
 
 
 class CollaborativeBundle(StrictModel):
@@ -42,10 +33,7 @@ class CollaborativeBundle(StrictModel):
         return str(Path(path).expanduser().absolute())
 
 
-RewardConfig = Annotated[
-    SASRecConfig | GRU4RecConfig | BERT4RecConfig | CaserConfig | BPRConfig | CollaborativeBundle,
-    Field(discriminator="kind"),
-]
+RewardConfig = Annotated[CollaborativeConfig | CollaborativeBundle, Field(discriminator="kind")]
 
 
 class TrainingConfig(StrictModel):
@@ -65,8 +53,11 @@ class TrainingConfig(StrictModel):
         8192, ge=1, description="Tokens of one optimiser step over all workers and micro-batches, padding aside."
     )
     accumulation: int = Field(1, ge=1, description="Micro-batches a worker runs for one optimiser step.")
-    logits_memory_mb: int = Field(
-        256, ge=1, description="Most memory for logits and losses; the prediction layer runs in pieces that fit."
+    logits_memory_mb: int | None = Field(
+        None,
+        ge=1,
+        description="Most memory for logits and losses; the prediction layer runs in pieces that fit, and small pieces "
+        "cost time. null: 256 on CPUs, 2048 on GPUs.",
     )
     learning_rate: float = Field(1e-3, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the rate rises.")
@@ -81,6 +72,12 @@ class TrainingConfig(StrictModel):
     seed: int = 0
     checkpoint_every: int | None = Field(None, ge=1, description="Optimiser steps between checkpoints, besides epochs.")
     patience: int = Field(2, ge=1, description="Stop after this many epochs without a better validation NDCG@10.")
+
+    @model_validator(mode="after")
+    def _stride_is_read(self) -> TrainingConfig:
+        if self.stride is not None and self.windows == "sliding":
+            raise ValueError("training.stride is of windows: anchored; leave it out for sliding ones")
+        return self
 
 
 class ClusterConfig(StrictModel):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-def build_engine(module: nn.Module, training: TrainingConfig, micro_batch_per_rank: int = 1) -> DeepSpeedEngine:
+def build_engine(module: nn.Module, training: TrainingConfig) -> DeepSpeedEngine:
     """Wrap `module` for data-parallel training over the default process group, which exists already. Collective.
 
     The loop runs `loss = engine(batch); engine.backward(loss); engine.step()` for every micro-batch; DeepSpeed counts
@@ -41,7 +41,6 @@ def build_engine(module: nn.Module, training: TrainingConfig, micro_batch_per_ra
             float32 masters in the optimiser.
         training: ZeRO stage, precision, accumulation, clipping, and AdamW's settings. Norms, biases and all further
             vectors are not decayed. The learning rate is 0 until `set_learning_rate`.
-        micro_batch_per_rank: samples of a micro-batch; DeepSpeed needs it for its own statistics only.
     """
     import deepspeed
 
@@ -61,7 +60,7 @@ def build_engine(module: nn.Module, training: TrainingConfig, micro_batch_per_ra
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=training.betas)
 
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_per_rank,
+        "train_micro_batch_size_per_gpu": 1,  # of use for its own statistics only
         "gradient_accumulation_steps": training.accumulation,
         "gradient_clipping": 0.0 if bare else training.gradient_clipping,
         "zero_optimization": {"stage": training.zero_stage},

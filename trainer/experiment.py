@@ -14,7 +14,15 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from objectives.config import ILRecConfig, ObjectiveConfig, needs_rewards
 from recommender.collaborative.config import SASRecConfig
-from recommender.config import BackboneConfig, IdentifierConfig, PresetBackbone, PromptConfig, SearchConfig, StrictModel
+from recommender.config import (
+    PRESETS,
+    BackboneConfig,
+    IdentifierConfig,
+    PresetBackbone,
+    PromptConfig,
+    SearchConfig,
+    StrictModel,
+)
 from recommender.errors import UserError
 from service.config import ServingConfig
 from trainer.config import (
@@ -52,7 +60,7 @@ class Experiment(StrictModel):
     objective: ObjectiveConfig = ILRecConfig()
     collaborative: RewardConfig | None = Field(
         SASRecConfig(),
-        description="The collaborative model that the objective takes rewards and similar users from, if it needs "
+        description="The collaborative model that the objective takes rewards from, if it needs "
         "one: its config (it is trained once for the data and reused), or {kind: bundle, path: …}.",
     )
     training: TrainingConfig = TrainingConfig()
@@ -71,6 +79,9 @@ class Experiment(StrictModel):
                 "it out for the default SASRec, name one ({kind: sasrec}, {kind: bundle, path: …}), or set crr_weight "
                 "to 0"
             )
+        preset = self.backbone if isinstance(self.backbone, PresetBackbone) and self.init_from is None else None
+        if preset is not None and isinstance(self.objective, ILRecConfig):
+            self.objective.intermediate_layers(PRESETS[preset.size].layers)
         if isinstance(self.backbone, PresetBackbone) and self.backbone.lora is not None and self.init_from is None:
             raise ValueError(
                 "backbone.lora: adapters on a preset with fresh weights need `init_from`; or leave lora out"
@@ -162,7 +173,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any, model: type[BaseModel]) -> str:
     """One line for a validation error: the field, what is wrong and, for a misspelt key, what may have been meant."""
-    path = [str(part) for part in error["loc"]]
+    path = [part for part in map(str, error["loc"]) if "[" not in part and not part.startswith("constrained-")]
     field = ".".join(path)
     if error["type"] == "union_tag_not_found":
         tag = error["ctx"]["discriminator"].strip("'")

@@ -10,24 +10,23 @@ from typing import Any
 import ray.train
 from ray.train import TrainingFailedError
 
-from objectives.config import needs_rewards
-from objectives.objective import Objective, build_objective
-from recommender.backbone import PRESETS, count_layers
-from recommender.bundle import Manifest
-from recommender.config import PresetBackbone
+from objectives.config import ILRecConfig, needs_rewards
+from objectives.objective import build_objective
+from recommender.backbone import count_layers
+from recommender.bundle import Manifest, read_manifest
+from recommender.config import PRESETS, PresetBackbone
 from recommender.errors import UserError
 from recommender.items import ItemSpace
 from recommender.recommender import Recommender
-from recommender.trie import RadixTrie
 from trainer import checkpoint
 from trainer.cluster import check_resources, connect
 from trainer.collaborative import ensure_collaborative, fit_collaborative
-from trainer.config import LanguageModelConfig
+from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.launch import following, torch_trainer
 from trainer.prepare import Say
-from trainer.run import claim
+from trainer.run import check_claim, claim
 from trainer.worker import SELECTION, TOO_LARGE, starting_backbone
 
 
@@ -51,9 +50,11 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
     dataset = Dataset.load(prepared / "dataset")
     if not len(dataset.targets["validation"].position):
         raise UserError("data: there is no validation target, and the best epoch is chosen on them; add data")
+    check_model(experiment)
+    if not fresh:
+        check_claim(experiment, dataset.fingerprint)  # before a collaborative model is trained for it
     connect()
     check_resources(experiment.cluster, experiment.cluster.workers)
-    check_objective(experiment, prepared)
     collaborative = None
     if needs_rewards(experiment.objective):
         collaborative = ensure_collaborative(experiment, prepared, say)
@@ -81,15 +82,28 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
     return export(experiment, prepared, best[0], best[1], history)
 
 
-def check_objective(experiment: Experiment, prepared: Path) -> Objective:
-    """The experiment's objective; refuses, before any worker starts, one that the backbone cannot serve."""
+def check_model(experiment: Experiment) -> None:
+    """Refuse what can be seen without data: layers that the backbone does not have, a bundle that is none.
+
+    Raises:
+        UserError: says which.
+    """
+    if not isinstance(experiment.recommender, LanguageModelConfig):
+        return
+    objective, collaborative = experiment.objective, experiment.collaborative
+    if isinstance(objective, ILRecConfig):
+        objective.intermediate_layers(backbone_layers(experiment))
+    if needs_rewards(objective) and isinstance(collaborative, CollaborativeBundle):
+        read_manifest(Path(collaborative.path))
+
+
+def backbone_layers(experiment: Experiment) -> int:
+    """Decoder layers of the backbone that is trained, read without loading it."""
     if experiment.init_from is not None:
-        layers = count_layers(experiment.init_from, None)
-    elif isinstance(experiment.backbone, PresetBackbone):
-        layers = PRESETS[experiment.backbone.size].layers
-    else:
-        layers = count_layers(experiment.backbone.path, experiment.backbone.revision)
-    return build_objective(experiment.objective, layers, RadixTrie.load(prepared / "items" / "trie.safetensors"))
+        return count_layers(experiment.init_from, None)
+    if isinstance(experiment.backbone, PresetBackbone):
+        return PRESETS[experiment.backbone.size].layers
+    return count_layers(experiment.backbone.path, experiment.backbone.revision)
 
 
 def export(
@@ -99,13 +113,14 @@ def export(
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which looks for a device and warns
     space = ItemSpace.load(prepared / "items")
     backbone = starting_backbone(experiment, space)
-    objective = check_objective(experiment, prepared)
+    objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
     with best.as_directory() as directory:
         checkpoint.read_weights(Path(directory), backbone.model, prefix="model.")
-        objective.state = checkpoint.read_state(Path(directory))["state"]["objective"]
+        objective.state = checkpoint.read_state(Path(directory))["state"].get("objective", {})
     manifest = Manifest(
         name=experiment.name,
-        search=experiment.search.at_temperature(objective.temperature),
+        search=experiment.search,
+        temperature=objective.temperature,
         backbone=experiment.backbone.model_dump(mode="json"),
         objective=experiment.objective.model_dump(mode="json"),
         data_fingerprint=Dataset.load(prepared / "dataset").fingerprint,

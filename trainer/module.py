@@ -84,6 +84,8 @@ class TrainedModel(nn.Module):
             hidden = backbone.hidden(batch.input_ids, batch.attention_mask(), batch.position_ids)
         states = hidden.flatten(0, 1)[batch.source]
         layers = [taps[layer].flatten(0, 1)[batch.source] for layer in objective.layers]
+        if not objective.layers_learn:
+            layers = [layer.detach() for layer in layers]
         sums = objective_sums(
             objective, backbone, states, layers, micro_batch.blocks, micro_batch.rewards, self.logits_memory_mb
         )

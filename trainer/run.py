@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 from objectives.config import needs_rewards
+from recommender.bundle import read_manifest
 from recommender.errors import UserError
-from trainer.config import LanguageModelConfig
+from trainer.config import CollaborativeBundle, LanguageModelConfig, RewardConfig
 from trainer.experiment import Experiment
 
 _FILE = "experiment.json"
 _FINGERPRINT = "data fingerprint"
-_DATA = ("world", "data", "recommender")
-_LANGUAGE_MODEL = (*_DATA, "identifier", "prompt", "backbone", "init_from", "objective", "training")
-_COLLABORATIVE = (*_DATA, "evaluation")  # validation, which chooses the epoch
-# How a run is carried out and where its files lie, not what comes out of it: these may change before a resumption.
+_SHARED = ("world", "data", "recommender", "evaluation")  # evaluation, as validation chooses the epoch
+_LANGUAGE_MODEL = (*_SHARED, "identifier", "prompt", "backbone", "init_from", "objective", "training")
+_COLLABORATIVE = _SHARED
+# How a run is carried out, how long, and where its files lie: these may change before a resumption.
 _FREE = {
     "training": (
         "zero_stage",
@@ -49,7 +51,7 @@ def check_claim(experiment: Experiment, data_fingerprint: str | None = None) -> 
         mine[_FINGERPRINT] = theirs.get(_FINGERPRINT)
     changed = [
         f"{field}: {theirs.get(field)!r} → {mine.get(field)!r}"
-        for field in sorted(mine.keys() | theirs.keys())
+        for field in sorted(theirs)  # a field that is missing there came with a later release
         if mine.get(field) != theirs.get(field)
     ]
     if changed:
@@ -86,7 +88,7 @@ def _identity(experiment: Experiment, data_fingerprint: str | None) -> dict[str,
     language_model = isinstance(experiment.recommender, LanguageModelConfig)
     sections = set(_LANGUAGE_MODEL if language_model else _COLLABORATIVE)
     if language_model and needs_rewards(experiment.objective):
-        sections.add("collaborative")
+        flat["rewards"] = _rewards(experiment.collaborative)
     for section, values in experiment.model_dump(mode="json", include=sections).items():
         if isinstance(values, dict):
             free = _FREE.get(section, ())
@@ -94,3 +96,10 @@ def _identity(experiment: Experiment, data_fingerprint: str | None) -> dict[str,
         else:
             flat[section] = values
     return flat
+
+
+def _rewards(collaborative: RewardConfig | None) -> Any:
+    """The model that rewards come from: its config, or the checksum of a bundle's weights, wherever that lies."""
+    if isinstance(collaborative, CollaborativeBundle):
+        return read_manifest(Path(collaborative.path)).checksums
+    return None if collaborative is None else collaborative.model_dump(mode="json")

@@ -95,7 +95,8 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
     if training.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rewards = reward_source(experiment.objective, space, collaborative, device)
-    module = TrainedModel(backbone, objective, space.trie, training.dropout, rewards, training.logits_memory_mb)
+    memory_mb = training.logits_memory_mb or (2048 if device.type == "cuda" else 256)
+    module = TrainedModel(backbone, objective, space.trie, training.dropout, rewards, memory_mb)
     engine = build_engine(module, training)
     plan = BatchPlan(rows.lengths, rows.counted, training.batch_tokens, training.seed)
     total_steps = plan.steps_per_epoch * training.epochs
@@ -109,7 +110,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
     if resumed is not None:
         with resumed.as_directory() as directory:
             state = checkpoint.load(engine, Path(directory))
-        objective.state = state["objective"]
+        objective.state = state.get("objective", objective.state)
         say(f"resumed at step {state['step']} of {total_steps}")
 
     started, first_step = time.monotonic(), state["step"]
@@ -241,8 +242,9 @@ def validate(engine: Any, experiment: Experiment, space: ItemSpace, dataset: Dat
     rank, world = dist.get_rank(), dist.get_world_size()
     started = time.monotonic()
     backbone = unsharded(engine, experiment, space)
-    search = experiment.search.at_temperature(engine.module.objective.temperature)
-    recommender = Recommender(space, backbone, Manifest(name=experiment.name, search=search))
+    temperature = engine.module.objective.temperature
+    manifest = Manifest(name=experiment.name, search=experiment.search, temperature=temperature)
+    recommender = Recommender(space, backbone, manifest)
     evaluation = experiment.evaluation
     split = held_out(dataset, "validation", evaluation.validation_targets)
     mine = np.arange(rank, len(split), world)

@@ -24,7 +24,7 @@ class CollaborativeModelConfig(StrictModel):
         None,
         ge=1,
         description="null: softmax over all items. N: over the target and N uniformly drawn items that the whole "
-        "batch shares, for catalogues of millions.",
+        "batch shares, for catalogues too large for that.",
     )
     seed: int = 0
 

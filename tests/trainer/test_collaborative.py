@@ -294,6 +294,10 @@ def test_bundles_that_cannot_help_are_refused(
     CollaborativeRecommender(catalogue, model, manifest).save(tmp_path / "other")
     with pytest.raises(UserError, match=r"was trained on another catalogue than .*give one of these data, or a config"):
         ensure_collaborative(given(tmp_path / "other"), tiny_prepared, quiet)
+    same = Catalogue(ids, ["title"] * len(ids))
+    CollaborativeRecommender(same, model, manifest).save(tmp_path / "split")  # it may know what is held out here
+    with pytest.raises(UserError, match=r"was fitted on other data or another split than"):
+        ensure_collaborative(given(tmp_path / "split"), tiny_prepared, quiet)
 
 
 def test_preparing_for_a_collaborative_model_spells_nothing(experiment: Experiment) -> None:

@@ -464,7 +464,10 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("ray_cluster", "no_launch")
 def test_layers_outside_the_backbone_are_refused(experiment: Experiment, tiny_prepared: Path) -> None:
-    run = changed(experiment, name="refused", objective=ILRecConfig(layers=(3, 4)))
+    outside = ILRecConfig(layers=(3, 4))
+    with pytest.raises(UserError, match=r"layers \[4\] are not intermediate layers of a backbone with 4 layers"):
+        changed(experiment, objective=outside)  # a preset's are known
+    run = experiment.model_copy(update={"name": "refused", "objective": outside})
     with pytest.raises(UserError, match=r"layers \[4\] are not intermediate layers of a backbone with 4 layers"):
         fit.train(run, tiny_prepared, quiet)
 
