@@ -17,7 +17,7 @@ from recommender.bundle import Manifest, read_manifest
 from recommender.config import PRESETS, PresetBackbone
 from recommender.errors import UserError
 from recommender.items import ItemSpace
-from recommender.recommender import Recommender
+from recommender.recommender import Recommender, language_model_manifest
 from trainer import checkpoint
 from trainer.cluster import check_resources, connect
 from trainer.collaborative import ensure_collaborative, fit_collaborative
@@ -83,7 +83,7 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
 
 
 def check_model(experiment: Experiment) -> None:
-    """Refuse what can be seen without data: layers that the backbone does not have, a bundle that is none.
+    """Refuse what can be seen without data: layers that the backbone does not have, bundles that are none.
 
     Raises:
         UserError: says which.
@@ -91,6 +91,8 @@ def check_model(experiment: Experiment) -> None:
     if not isinstance(experiment.recommender, LanguageModelConfig):
         return
     objective, collaborative = experiment.objective, experiment.collaborative
+    if experiment.init_from is not None:
+        language_model_manifest(Path(experiment.init_from))
     if isinstance(objective, ILRecConfig):
         objective.intermediate_layers(backbone_layers(experiment))
     if needs_rewards(objective) and isinstance(collaborative, CollaborativeBundle):
