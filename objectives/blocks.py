@@ -42,6 +42,11 @@ class Block:
         moved: dict[str, Any] = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if v is not None}
         return replace(self, **moved)
 
+    @property
+    def has_own_columns(self) -> bool:
+        """Whether each prediction has columns of its own; otherwise all share them."""
+        return self.tokens is not None and self.tokens.dim() == 2
+
     def pieces(self, positions: int) -> Iterator[Block]:
         """This block in pieces of at most `positions` predictions; one empty piece where there are none."""
         for begin in range(0, max(len(self.at), 1), positions):
@@ -50,7 +55,7 @@ class Block:
                 self.at[part],
                 self.target[part],
                 self.node[part],
-                self.tokens[part] if self.tokens is not None and self.tokens.dim() == 2 else self.tokens,
+                self.tokens[part] if self.tokens is not None and self.has_own_columns else self.tokens,
                 None if self.valid is None else self.valid[part],
             )
 

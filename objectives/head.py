@@ -73,8 +73,9 @@ class _Work:
         to_weight, to_bias, *to_states = into
         totals: Tensor | None = None
         for block in self.blocks:
+            shared = None if block.has_own_columns else _Columns(weight, bias, block.tokens)
             for piece in block.pieces(self._positions(block, weight)):
-                columns = _Columns(weight, bias, piece.tokens)
+                columns = shared or _Columns(weight, bias, piece.tokens)
                 own = torch.stack([state[piece.at] for state in states])
                 leaves = [_leaf(each, piece.valid, self.gradients) for each in columns.logits(own)]
                 with torch.set_grad_enabled(self.gradients):
@@ -103,7 +104,7 @@ class _Work:
         vocabulary, width = weight.shape
         columns = vocabulary if block.tokens is None else block.tokens.shape[-1]
         floats = columns * self.objective.floats
-        if block.tokens is not None and block.tokens.dim() == 2:
+        if block.has_own_columns:
             floats += 2 * columns * width
         return max(1, self.memory_mb * 2**20 // (4 * floats))
 

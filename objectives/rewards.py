@@ -17,6 +17,7 @@ from torch import Tensor
 
 from objectives.blocks import Block
 from recommender.collaborative.model import CollaborativeModel
+from recommender.ragged import ragged
 from recommender.trie import RadixTrie, TrieTensors
 
 _SURE = 1e-9  # a prefix with less mass is summed by itself: differences of the cumulative sum would be rounding errors
@@ -64,7 +65,7 @@ class Rewards:
         rewards = torch.full((len(node), columns), -1.0, device=node.device)
         rewards.scatter_(1, block.target[:, None], 1.0)  # right where it is forced, and overwritten where it is not
         count = torch.where(node >= 0, self.trie.child_count[node.clamp(min=0)], 0)
-        owner, place = _ragged(count)
+        owner, place = ragged(count)
         token = self.trie.first_token[self.trie.first_child[node[owner]] + place].long()
         rewards[owner, token] = self.values[start[owner] + place]
         return rewards
@@ -129,7 +130,7 @@ class RewardSource:
     def _shares(self, mass: _Mass, sample: Tensor, node: np.ndarray) -> Tensor:
         """float32: for each prediction, its children's shares of the mass under its node."""
         trie, parent = self._tensors, self._on_device(node)
-        owner, place = _ragged(trie.child_count[parent])
+        owner, place = ragged(trie.child_count[parent])
         child = trie.first_child[parent][owner] + place
         low, high = mass.place(sample, trie.lo[parent]), mass.place(sample, trie.hi[parent])
         child_low, child_high = mass.place(sample[owner], trie.lo[child]), mass.place(sample[owner], trie.hi[child])
@@ -187,7 +188,7 @@ class _Mass:
             which: the range of each child; `child_low`, `child_high` count from its start.
         """
         length = high - low
-        owner, place = _ragged(length)
+        owner, place = ragged(length)
         log_r = self._log_r[sample[owner], low[owner] + place].double()
         largest = torch.segment_reduce(log_r, "max", lengths=length, unsafe=True)
         sums = torch.zeros(len(log_r) + 1, dtype=torch.float64, device=log_r.device)
@@ -195,9 +196,3 @@ class _Mass:
         start = length.cumsum(0) - length
         total = sums[start + length] - sums[start]
         return (sums[start[which] + child_high] - sums[start[which] + child_low]) / total[which]
-
-
-def _ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """For ranges of `counts` elements laid end to end: the range and the place in it of each element."""
-    owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
-    return owner, torch.arange(len(owner), device=counts.device) - (counts.cumsum(0) - counts)[owner]

@@ -26,6 +26,7 @@ import torch
 
 from recommender.cache import TreeCache
 from recommender.config import SearchConfig
+from recommender.ragged import ragged
 from recommender.trie import RadixTrie
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ class TreeSearch:
         nodes, parent = rows.pop(step, tree)
         length, start = self.append_length[nodes.node], self.trie.chain_start[nodes.node]
         above = self.trie.depth[self.trie.parent[nodes.node]]
-        owner, place = _ragged(length, step.tokens)
+        owner, place = ragged(length, step.tokens)
         row = nodes.row[owner]
         slot = _place_in_row(row, len(rows))
         tokens = self.trie.leaf_tokens[start[owner] + place].long()
@@ -217,7 +218,7 @@ class TreeSearch:
     ) -> None:
         """Score the children of the nodes and put them among the finished items or the open nodes of their rows."""
         counts = self.entry_count[nodes.node]
-        owner, place = _ragged(counts, sizes.entries)
+        owner, place = ragged(counts, sizes.entries)
         of_leaf = self.is_leaf[nodes.node][owner]
         entry = torch.where(of_leaf, nodes.node[owner], self.trie.first_child[nodes.node][owner] + place)
         token = self.trie.first_token[entry].clamp(min=0)
@@ -347,7 +348,7 @@ class _Rows:
 
     def pop(self, step: _Step, tree: _AppendedTree) -> tuple[_Nodes, torch.Tensor]:
         """Take the chosen nodes out; also the ordinal of each one's parent, [N]."""
-        row, rank = _ragged(step.take, step.nodes)
+        row, rank = ragged(step.take, step.nodes)
         score, _ = _decode(self.open_key[row, rank])
         expansion = tree.expansions + torch.arange(step.nodes, device=row.device)
         nodes = _Nodes(row, self.open_node[row, rank], score, expansion)
@@ -478,13 +479,6 @@ def _decode(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The float32 scores and the items of keys."""
     bits = keys >> 32
     return (bits ^ ((bits >> 63) & _LOW)).to(torch.int32).view(torch.float32), _LOW - (keys & _LOW)
-
-
-def _ragged(counts: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For ranges of `counts` elements laid end to end (`total` in all): the range and the place in it of each."""
-    owner = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=total)
-    before = counts.cumsum(0) - counts
-    return owner, torch.arange(total, device=counts.device) - before[owner]
 
 
 def _place_in_row(row: torch.Tensor, rows: int) -> torch.Tensor:

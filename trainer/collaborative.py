@@ -6,9 +6,6 @@ import fcntl
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
-
-from ray.train import TrainingFailedError
 
 from recommender.bundle import LANGUAGE_MODEL, Manifest, read_manifest
 from recommender.catalogue import Catalogue
@@ -20,10 +17,9 @@ from trainer.collaborative_worker import TOO_LARGE, load, train_worker
 from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
-from trainer.launch import following, torch_trainer
+from trainer.launch import run_to_best, torch_trainer
 from trainer.prepare import Say
 from trainer.run import claim
-from trainer.worker import SELECTION
 
 
 def fit_collaborative(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool = False) -> Path:
@@ -129,32 +125,20 @@ def _shared(experiment: Experiment, config: CollaborativeConfig, dataset: Datase
 def _fit(run: Experiment, dataset: Dataset, prepared: Path, say: Say) -> Path:
     run.run_dir.mkdir(parents=True, exist_ok=True)
     log = run.run_dir / "train.log"
-    with following(log, say):
-        try:
-            result: Any = torch_trainer(run, prepared, log, train_worker).fit()  # Ray's stubs show the old Result
-        except TrainingFailedError as error:
-            if TOO_LARGE in str(error):
-                raise UserError(TOO_LARGE) from error
-            say("training failed; once the cause is mended, the same command goes on from the latest epoch")
-            raise
-    if result.return_value["error"]:
-        raise UserError(result.return_value["error"])
-    saved, metrics = max(result.best_checkpoints, key=lambda entry: entry[1][SELECTION])
-
+    trained = run_to_best(torch_trainer(run, prepared, log, train_worker), log, say, TOO_LARGE)
     config = run.recommender
     assert not isinstance(config, LanguageModelConfig)
     model = build_model(config, len(dataset.item_ids))
-    with saved.as_directory() as directory:
+    with trained.checkpoint.as_directory() as directory:
         load(Path(directory), model)
     manifest = Manifest(
         name=run.name,
         recommender=config.model_dump(mode="json"),
         data_fingerprint=dataset.fingerprint,
-        metrics={name: float(metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")},
+        metrics={name: float(trained.metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")},
     )
     catalogue = Catalogue(dataset.item_ids, dataset.titles, dataset.items_table)
     bundle = run.run_dir / "bundle"
     CollaborativeRecommender(catalogue, model, manifest).save(bundle)
-    history = json.loads(result.metrics["history"])  # of the last epoch, so of all of them
-    (run.run_dir / "training.json").write_text(json.dumps(history, indent=2))
+    (run.run_dir / "training.json").write_text(json.dumps(trained.history, indent=2))
     return bundle

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
-
-import ray.train
-from ray.train import TrainingFailedError
 
 from objectives.config import ILRecConfig, needs_rewards
 from objectives.objective import build_objective
@@ -24,10 +20,10 @@ from trainer.collaborative import ensure_collaborative, fit_collaborative
 from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
-from trainer.launch import following, torch_trainer
+from trainer.launch import Trained, run_to_best, torch_trainer
 from trainer.prepare import Say
 from trainer.run import check_claim, claim
-from trainer.worker import SELECTION, TOO_LARGE, starting_backbone
+from trainer.worker import TOO_LARGE, starting_backbone
 
 
 def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool = False) -> Path:
@@ -60,26 +56,9 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
         collaborative = ensure_collaborative(experiment, prepared, say)
     claim(experiment, dataset.fingerprint, fresh)
     log = experiment.run_dir / "train.log"
-    with following(log, say):
-        try:
-            trainer = torch_trainer(experiment, prepared, log, collaborative=collaborative)
-            result: Any = trainer.fit()  # Ray's stubs show the old Result
-        except TrainingFailedError as error:
-            if TOO_LARGE in str(error):
-                raise UserError(TOO_LARGE) from error
-            say("training failed; once the cause is mended, the same command goes on from the latest checkpoint")
-            raise
-    if result.return_value["error"]:
-        raise UserError(result.return_value["error"])
-    best = max(
-        (entry for entry in result.best_checkpoints or [] if SELECTION in entry[1]),
-        key=lambda entry: entry[1][SELECTION],
-        default=None,
-    )
-    if best is None:
-        raise UserError(f"{experiment.run_dir}: the run has no validated checkpoint; see the messages above")
-    history = json.loads(result.metrics["history"])  # of the last epoch, so of all of them
-    return export(experiment, prepared, best[0], best[1], history)
+    trainer = torch_trainer(experiment, prepared, log, collaborative=collaborative)
+    trained = run_to_best(trainer, log, say, TOO_LARGE)
+    return export(experiment, prepared, trained)
 
 
 def check_model(experiment: Experiment) -> None:
@@ -108,15 +87,13 @@ def backbone_layers(experiment: Experiment) -> int:
     return count_layers(experiment.backbone.path, experiment.backbone.revision)
 
 
-def export(
-    experiment: Experiment, prepared: Path, best: ray.train.Checkpoint, metrics: dict[str, Any], history: list[Any]
-) -> Path:
+def export(experiment: Experiment, prepared: Path, trained: Trained) -> Path:
     """Write the bundle of a checkpoint."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which looks for a device and warns
     space = ItemSpace.load(prepared / "items")
     backbone = starting_backbone(experiment, space)
     objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
-    with best.as_directory() as directory:
+    with trained.checkpoint.as_directory() as directory:
         checkpoint.read_weights(Path(directory), backbone.model, prefix="model.")
         objective.state = checkpoint.read_state(Path(directory))["state"].get("objective", {})
     manifest = Manifest(
@@ -126,9 +103,9 @@ def export(
         backbone=experiment.backbone.model_dump(mode="json"),
         objective=experiment.objective.model_dump(mode="json"),
         data_fingerprint=Dataset.load(prepared / "dataset").fingerprint,
-        metrics={name: float(metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")},
+        metrics={name: float(trained.metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")},
     )
     bundle = experiment.run_dir / "bundle"
     Recommender(space, backbone, manifest).save(bundle)
-    (experiment.run_dir / "training.json").write_text(json.dumps(history, indent=2))
+    (experiment.run_dir / "training.json").write_text(json.dumps(trained.history, indent=2))
     return bundle

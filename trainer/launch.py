@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from recommender.errors import UserError
 from trainer.experiment import Experiment
 from trainer.prepare import Say
 from trainer.worker import SELECTION, train_worker
@@ -41,6 +44,51 @@ def following(log: Path, say: Say) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished run leaves.
+
+    Attributes:
+        checkpoint: of the epoch with the best validation.
+        metrics: of that epoch.
+        history: of all epochs.
+    """
+
+    checkpoint: Checkpoint
+    metrics: dict[str, Any]
+    history: list[Any]
+
+
+def run_to_best(trainer: TorchTrainer, log: Path, say: Say, too_large: str) -> Trained:
+    """Run a job to its end, saying what its workers log.
+
+    Args:
+        too_large: what a worker raises where memory is short, the remedy in it.
+
+    Raises:
+        UserError: training stopped for a reason that the user can mend.
+    """
+    with following(log, say):
+        try:
+            result: Any = trainer.fit()  # Ray's stubs show the old Result
+        except TrainingFailedError as error:
+            if too_large in str(error):
+                raise UserError(too_large) from error
+            say("training failed; once the cause is mended, the same command goes on from the latest checkpoint")
+            raise
+    if result.return_value["error"]:
+        raise UserError(result.return_value["error"])
+    best = max(
+        (entry for entry in result.best_checkpoints or [] if SELECTION in entry[1]),
+        key=lambda entry: entry[1][SELECTION],
+        default=None,
+    )
+    if best is None:
+        raise UserError(f"{log.parent}: the run has no validated checkpoint; see the messages above")
+    history = json.loads(result.metrics["history"])  # of the last epoch, so of all of them
+    return Trained(best[0], best[1], history)
 
 
 def torch_trainer(
