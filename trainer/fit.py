@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
+
+import ray.train
 
 from objectives.config import ILRecConfig, needs_rewards
 from objectives.objective import build_objective
@@ -20,7 +23,7 @@ from trainer.collaborative import ensure_collaborative, fit_collaborative
 from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
-from trainer.launch import Trained, run_to_best, torch_trainer
+from trainer.launch import run_to_best, torch_trainer
 from trainer.prepare import Say
 from trainer.run import check_claim, claim
 from trainer.worker import TOO_LARGE, starting_backbone
@@ -58,7 +61,7 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
     log = experiment.run_dir / "train.log"
     trainer = torch_trainer(experiment, prepared, log, collaborative=collaborative)
     trained = run_to_best(trainer, log, say, TOO_LARGE)
-    return export(experiment, prepared, trained)
+    return export(experiment, prepared, trained.checkpoint, trained.metrics, trained.history)
 
 
 def check_model(experiment: Experiment) -> None:
@@ -87,13 +90,15 @@ def backbone_layers(experiment: Experiment) -> int:
     return count_layers(experiment.backbone.path, experiment.backbone.revision)
 
 
-def export(experiment: Experiment, prepared: Path, trained: Trained) -> Path:
+def export(
+    experiment: Experiment, prepared: Path, best: ray.train.Checkpoint, metrics: dict[str, Any], history: list[Any]
+) -> Path:
     """Write the bundle of a checkpoint."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which looks for a device and warns
     space = ItemSpace.load(prepared / "items")
     backbone = starting_backbone(experiment, space)
     objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
-    with trained.checkpoint.as_directory() as directory:
+    with best.as_directory() as directory:
         checkpoint.read_weights(Path(directory), backbone.model, prefix="model.")
         objective.state = checkpoint.read_state(Path(directory))["state"].get("objective", {})
     manifest = Manifest(
@@ -103,9 +108,9 @@ def export(experiment: Experiment, prepared: Path, trained: Trained) -> Path:
         backbone=experiment.backbone.model_dump(mode="json"),
         objective=experiment.objective.model_dump(mode="json"),
         data_fingerprint=Dataset.load(prepared / "dataset").fingerprint,
-        metrics={name: float(trained.metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")},
+        metrics={name: float(metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")},
     )
     bundle = experiment.run_dir / "bundle"
     Recommender(space, backbone, manifest).save(bundle)
-    (experiment.run_dir / "training.json").write_text(json.dumps(trained.history, indent=2))
+    (experiment.run_dir / "training.json").write_text(json.dumps(history, indent=2))
     return bundle
