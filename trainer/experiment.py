@@ -73,6 +73,8 @@ class Experiment(StrictModel):
     def _fits_together(self) -> Experiment:
         if (self.world is None) == (self.data is None):
             raise ValueError("give either `data` (your files) or `world` (a simulated one)")
+        if not isinstance(self.recommender, LanguageModelConfig):
+            return self
         if self.collaborative is None and needs_rewards(self.objective):
             raise ValueError(
                 "objective.crr_weight > 0 takes rewards from a collaborative model, and collaborative is null: leave "

@@ -11,13 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from recommender.errors import UserError
 from trainer.experiment import Experiment
 from trainer.prepare import Say
 from trainer.worker import SELECTION, train_worker
+
+FAILURE = "failure.txt"  # beside the run's log
 
 
 @contextmanager
@@ -46,6 +56,19 @@ def following(log: Path, say: Say) -> Iterator[None]:
         thread.join()
 
 
+def _failure(error: TrainingFailedError, report: Path) -> str:
+    """What ended a run whose restarts are used up; the workers' tracebacks go to `report`."""
+    report.write_text(str(error))
+    causes = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    rank, cause = next(iter(causes.items()), (None, error))
+    last = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+    return (
+        f"training failed{'' if rank is None else f' on worker {rank}'}, and cluster.max_failures restarts are used "
+        f"up: {last}\nThe whole traceback: {report}. Once the cause is mended, the same command goes on from the "
+        "latest checkpoint."
+    )
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a finished run leaves.
@@ -68,7 +91,7 @@ def run_to_best(trainer: TorchTrainer, log: Path, say: Say, too_large: str) -> T
         too_large: what a worker raises where memory is short, the remedy in it.
 
     Raises:
-        UserError: training stopped for a reason that the user can mend.
+        UserError: training stopped; says why, and what to do.
     """
     with following(log, say):
         try:
@@ -76,8 +99,7 @@ def run_to_best(trainer: TorchTrainer, log: Path, say: Say, too_large: str) -> T
         except TrainingFailedError as error:
             if too_large in str(error):
                 raise UserError(too_large) from error
-            say("training failed; once the cause is mended, the same command goes on from the latest checkpoint")
-            raise
+            raise UserError(_failure(error, log.parent / FAILURE)) from error
     if result.return_value["error"]:
         raise UserError(result.return_value["error"])
     best = max(

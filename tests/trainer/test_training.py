@@ -195,8 +195,9 @@ def disturbed(ray_cluster: None, experiment: Experiment, tiny_prepared: Path) ->
     run = changed(experiment, name="disturbed", cluster={"max_failures": 1})
     marks = run.run_dir / "marks"
     marks.mkdir(parents=True)
-    with pytest.raises(Exception, match="failed"):
+    with pytest.raises(UserError, match=r"training failed on worker \d, and .* restarts are used up"):
         train_with(partial(dying_worker, deaths=[(1, 5), (0, 6)], marks=str(marks)), run, tiny_prepared)
+    assert "Training failed due to worker errors" in (run.run_dir / "failure.txt").read_text()
     run = changed(run, cluster={"workers": 1}, training={"zero_stage": 3})
     train_with(partial(dying_worker, deaths=[], marks=str(marks)), run, tiny_prepared)
     return run, marks
