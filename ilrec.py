@@ -231,6 +231,36 @@ def export(
 
 
 @app.command()
+def extend(
+    bundle: Bundle,
+    items: Annotated[str, typer.Argument(help="Items file: CSV, TSV, JSONL or Parquet with item_id and title.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the new bundle.")],
+    id_column: Annotated[str, typer.Option(help="Its column of item ids.")] = "item_id",
+    title_column: Annotated[str, typer.Option(help="Its column of titles.")] = "title",
+) -> None:
+    """Add new items to a bundle without training: a language model can name whatever has a title.
+
+    Items that the bundle knows already stay as they are.
+
+    \b
+    ilrec extend runs/shop/bundle data/items_today.csv runs/shop/bundle-today
+    """
+    from recommender.catalogue import Catalogue
+    from recommender.recommender import extend_bundle, language_model_manifest
+    from trainer.data.config import ItemColumns
+    from trainer.data.readers import Problems, read_items
+
+    language_model_manifest(bundle)
+    table = read_items(items, ItemColumns(item_id=id_column, title=title_column), Problems("strict"))
+    known = set(Catalogue.load(bundle).item_ids)
+    new = table.filter([item not in known for item in table["item_id"].to_pylist()])
+    if not len(new):
+        raise UserError(f"{items}: all of its {len(table)} items are in {bundle} already")
+    extend_bundle(bundle, Catalogue(new["item_id"].to_pylist(), new["title"].to_pylist(), new), out)
+    _say(f"{out}: {len(new)} items added to {len(known)}, {len(table) - len(new)} were known")
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of an experiment: every section, field, default and description.
 

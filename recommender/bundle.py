@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -45,6 +46,7 @@ class Manifest(BaseModel):
         search: how this model's top-K is found.
         temperature: what divided the logits in the distribution that was trained.
         backbone: what was trained (the experiment's `backbone` section).
+        base: sha256 of the weights that an adapter belongs to, by file name, where its base is a bundle.
         objective: what it was trained with.
         data_fingerprint: of the prepared dataset.
         metrics: of the selection (validation), by name.
@@ -59,6 +61,7 @@ class Manifest(BaseModel):
     search: SearchConfig = SearchConfig()
     temperature: float = 1.0
     backbone: dict[str, Any] = {}
+    base: dict[str, str] = {}
     objective: dict[str, Any] = {}
     data_fingerprint: str = ""
     metrics: dict[str, float] = {}
@@ -68,6 +71,11 @@ class Manifest(BaseModel):
     def kind(self) -> str:
         """ "language_model", or a kind of collaborative model."""
         return str(self.recommender.get("kind", LANGUAGE_MODEL))
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The checksums of the model's weights, an adapter's aside."""
+        return {name: value for name, value in self.checksums.items() if re.fullmatch(r"model.*\.safetensors", name)}
 
 
 def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Path], None]) -> None:

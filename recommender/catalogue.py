@@ -104,6 +104,24 @@ class Catalogue:
             )
         return [index for index in found if index is not None]
 
+    def extended(self, further: Catalogue) -> Catalogue:
+        """With further items behind those that it has; a column that one of the two lacks is null there.
+
+        Raises:
+            UserError: an item id stands in both, or a column holds other types.
+        """
+        tables = [
+            pa.table({"item_id": pa.array(each.item_ids, pa.string())})
+            if each.columns is None
+            else each.columns.drop_columns(["title"] if "title" in each.columns.column_names else [])
+            for each in (self, further)
+        ]
+        try:
+            columns = pa.concat_tables(tables, promote_options="permissive")
+        except pa.ArrowException as error:
+            raise UserError(f"the new items have columns of other types than the catalogue: {error}") from None
+        return Catalogue(self.item_ids + further.item_ids, self.titles + further.titles, columns)
+
     def save(self, directory: Path) -> None:
         table = self.columns if self.columns is not None else pa.table({})
         kept = [name for name in table.column_names if name not in ("item_id", "title")]

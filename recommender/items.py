@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from pydantic import BaseModel
 
 from recommender.catalogue import Catalogue
@@ -64,6 +65,25 @@ class ItemSpace:
         identifiers = spell_titles(catalogue.titles, tokenizer, identifier_config)
         trie = RadixTrie.build(identifiers.tokens, identifiers.offsets)
         return cls(catalogue, tokenizer, identifiers, trie, identifier_config, prompt_config)
+
+    def extended(self, further: Catalogue) -> ItemSpace:
+        """With further items behind those that it has, whose identifiers stay as they are.
+
+        Raises:
+            UserError: an item id of `further` is known already, or its titles cannot be spelled.
+        """
+        catalogue = self.catalogue.extended(further)
+        new = spell_titles(further.titles, self.tokenizer, self.identifier_config, self.trie)
+        tokens = np.concatenate([self.identifiers.tokens, new.tokens])
+        offsets = np.concatenate([self.identifiers.offsets, self.identifiers.offsets[-1] + new.offsets[1:]])
+        return ItemSpace(
+            catalogue,
+            self.tokenizer,
+            Identifiers(tokens, offsets, new.end),
+            self.trie.extended(new.tokens, new.offsets),
+            self.identifier_config,
+            self.prompt.config,
+        )
 
     def save(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)

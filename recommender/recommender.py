@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from recommender.backbone import Backbone, add_lora, shortened
-from recommender.bundle import LANGUAGE_MODEL, Manifest, read_manifest, write_bundle
+from recommender.bundle import LANGUAGE_MODEL, MANIFEST, Manifest, read_manifest, write_bundle
+from recommender.catalogue import Catalogue
 from recommender.config import LoraConfig, SearchConfig
 from recommender.errors import UserError
 from recommender.items import ItemSpace
@@ -70,7 +71,7 @@ class Recommender:
         if search is not None:
             manifest = manifest.model_copy(update={"search": search})
         space = ItemSpace.load(directory)
-        model: Any = _open(directory, dtype)
+        model: Any = _open(directory, manifest, dtype)
         return cls(space, Backbone(model.to(device), space.tokenizer), manifest)
 
     def save(self, directory: str | Path) -> None:
@@ -80,7 +81,8 @@ class Recommender:
             self.space.save(aside)
             self.backbone.model.save_pretrained(str(aside))
 
-        write_bundle(Path(directory), self.manifest, write_files)
+        manifest = self.manifest.model_copy(update={"base": _base_weights(self.backbone.model)})
+        write_bundle(Path(directory), manifest, write_files)
 
     def recommend(
         self,
@@ -144,7 +146,14 @@ def language_model_manifest(bundle: Path) -> Manifest:
     return manifest
 
 
-def _open(bundle: Path, dtype: torch.dtype | None) -> Any:
+def _base_weights(model: Any) -> dict[str, str]:
+    """The checksums of the weights under an adapter, where these are a bundle's."""
+    configs = getattr(model, "peft_config", None)
+    base = Path(str(next(iter(configs.values())).base_model_name_or_path)) if configs else None
+    return {} if base is None or not (base / MANIFEST).exists() else read_manifest(base).weights
+
+
+def _open(bundle: Path, manifest: Manifest, dtype: torch.dtype | None) -> Any:
     """The model of a bundle: plain or, over a base that lies elsewhere, with its adapter."""
     from transformers import AutoModelForCausalLM
 
@@ -154,6 +163,11 @@ def _open(bundle: Path, dtype: torch.dtype | None) -> Any:
 
     config = peft.PeftConfig.from_pretrained(str(bundle))
     name = str(config.base_model_name_or_path)
+    if manifest.base and (Path(name) / MANIFEST).exists() and read_manifest(Path(name)).weights != manifest.base:
+        raise UserError(
+            f"{bundle}: its adapter was trained on other weights than {name} holds now; put the old bundle back there, "
+            "or train the adapter again"
+        )
     try:
         base = AutoModelForCausalLM.from_pretrained(name, revision=config.revision, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
@@ -165,8 +179,7 @@ def _open(bundle: Path, dtype: torch.dtype | None) -> Any:
 
 
 def _merged(bundle: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    language_model_manifest(bundle)
-    model = _open(bundle, dtype)
+    model = _open(bundle, language_model_manifest(bundle), dtype)
     return model.merge_and_unload() if (bundle / ADAPTER).exists() else model
 
 
@@ -182,3 +195,13 @@ def merge_adapter(bundle: str | Path, directory: str | Path) -> None:
         raise UserError(f"{source}: holds full weights, there is no adapter to merge")
     space = ItemSpace.load(source)
     Recommender(space, Backbone(_merged(source, None), space.tokenizer), manifest).save(directory)
+
+
+def extend_bundle(bundle: str | Path, further: Catalogue, directory: str | Path) -> None:
+    """Write a bundle with the same weights over a larger catalogue: what has a title can be named without training.
+
+    Raises:
+        UserError: the bundle holds a collaborative model, or an item id is known already.
+    """
+    recommender = Recommender.load(bundle)
+    Recommender(recommender.space.extended(further), recommender.backbone, recommender.manifest).save(directory)

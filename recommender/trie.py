@@ -8,6 +8,7 @@ the catalogue, never with catalogue x vocabulary.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import pairwise
@@ -82,32 +83,53 @@ class RadixTrie:
             No items, an empty identifier, a negative token, two equal identifiers, or one that another one begins
             with; the message names the items.
         """
-        tokens, offsets = np.asarray(tokens, np.int32), np.asarray(offsets, np.int64)
-        lengths = np.diff(offsets)
-        if len(lengths) == 0:
+        tokens, offsets = _checked(tokens, offsets)
+        if len(offsets) == 1:
             raise ValueError("a trie needs at least one item")
-        if lengths.min() < 1 or offsets[0] != 0 or offsets[-1] != len(tokens):
-            raise ValueError(f"item {int(lengths.argmin())}: its identifier is empty, or the offsets do not fit")
-        if tokens.min() < 0:
-            item = int(np.searchsorted(offsets, int(tokens.argmin()), side="right")) - 1
-            raise ValueError(f"item {item}: its identifier holds a negative token")
-
         item_of_leaf = _lexicographic_order(tokens, offsets)
-        leaf_tokens, leaf_offsets = _reorder(tokens, offsets, item_of_leaf)
+        return cls._of_leaves(*_reorder(tokens, offsets, item_of_leaf), item_of_leaf)
+
+    def extended(self, tokens: np.ndarray, offsets: np.ndarray) -> RadixTrie:
+        """The trie with further items, numbered after those that it has; only the new ones are sorted.
+
+        Parameters
+        ----------
+        tokens, offsets : identifiers of the new items, as for :meth:`build`
+
+        Raises
+        ------
+        ValueError
+            As :meth:`build`; items are numbered as in the new trie.
+        """
+        tokens, offsets = _checked(tokens, offsets)
+        order = _lexicographic_order(tokens, offsets)
+        tokens, offsets = _reorder(tokens, offsets, order)
+        bounds = self.leaf_offsets
+        place = np.array([self._leaf_at(tokens[start:end]) for start, end in pairwise(offsets)], np.int64)
+        lengths = np.insert(np.diff(bounds), place, np.diff(offsets))
+        return RadixTrie._of_leaves(
+            np.insert(self.leaf_tokens, np.repeat(bounds[place], np.diff(offsets)), tokens),
+            np.concatenate([[0], np.cumsum(lengths)]),
+            np.insert(self.item_of_leaf, place, len(self) + order),
+        )
+
+    @classmethod
+    def _of_leaves(cls, leaf_tokens: np.ndarray, leaf_offsets: np.ndarray, item_of_leaf: np.ndarray) -> RadixTrie:
+        """The trie of identifiers in sorted order."""
         leaf_lengths = np.diff(leaf_offsets)
         shared = _shared_with_next(leaf_tokens, leaf_offsets)
         # In sorted order an identifier is directly followed by those that begin with it.
         swallowed = np.flatnonzero(shared == leaf_lengths[:-1])
         if len(swallowed):
-            first, second = int(item_of_leaf[swallowed[0]]), int(item_of_leaf[swallowed[0] + 1])
-            relation = "equals" if lengths[first] == lengths[second] else "is a prefix of"
+            at = int(swallowed[0])
+            first, second = int(item_of_leaf[at]), int(item_of_leaf[at + 1])
+            relation = "equals" if leaf_lengths[at] == leaf_lengths[at + 1] else "is a prefix of"
             raise ValueError(
                 f"item {first}: its identifier {relation} that of item {second} ({len(swallowed)} such pairs)"
             )
-
         nodes = _split_into_nodes(shared, leaf_lengths)
-        at = leaf_offsets[nodes["lo"]] + np.where(nodes["parent"] < 0, 0, nodes["depth"][nodes["parent"]])
-        first_token = np.where(nodes["parent"] < 0, -1, leaf_tokens[at]).astype(np.int32)
+        start = leaf_offsets[nodes["lo"]] + np.where(nodes["parent"] < 0, 0, nodes["depth"][nodes["parent"]])
+        first_token = np.where(nodes["parent"] < 0, -1, leaf_tokens[start]).astype(np.int32)
         return cls(
             **nodes,
             first_token=first_token,
@@ -140,6 +162,28 @@ class RadixTrie:
     @cached_property
     def _parent_depth(self) -> np.ndarray:
         return np.where(self.parent < 0, 0, self.depth[self.parent])
+
+    @cached_property
+    def _leaf_keys(self) -> np.ndarray:
+        return self.leaf_tokens.astype(">u4")  # big-endian bytes compare like the tokens they spell
+
+    def _leaf_at(self, identifier: np.ndarray) -> int:
+        """The leaf of an identifier or, where there is none, the one that it would stand before."""
+        bounds = self.leaf_offsets
+        return bisect_left(
+            range(len(self)),
+            identifier.astype(">u4").tobytes(),
+            key=lambda leaf: self._leaf_keys[bounds[leaf] : bounds[leaf + 1]].tobytes(),
+        )
+
+    def item_spelled(self, identifier: np.ndarray) -> int | None:
+        """The item with this identifier, int [length]; None if there is none."""
+        leaf = self._leaf_at(identifier)
+        if leaf == len(self) or not np.array_equal(
+            self.leaf_tokens[self.leaf_offsets[leaf] : self.leaf_offsets[leaf + 1]], identifier
+        ):
+            return None
+        return int(self.item_of_leaf[leaf])
 
     def identifier(self, item: int) -> np.ndarray:
         """int32 [length], the tokens of one item."""
@@ -225,6 +269,18 @@ class RadixTrie:
     def load(cls, path: str | Path) -> RadixTrie:
         """Read what :meth:`save` wrote."""
         return cls(**load_file(str(path)))
+
+
+def _checked(tokens: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """int32 tokens and int64 offsets of identifiers that a trie can hold."""
+    tokens, offsets = np.asarray(tokens, np.int32), np.asarray(offsets, np.int64)
+    lengths = np.diff(offsets)
+    if offsets[0] != 0 or offsets[-1] != len(tokens) or (lengths < 1).any():
+        raise ValueError(f"item {int(lengths.argmin())}: its identifier is empty, or the offsets do not fit")
+    if (tokens < 0).any():
+        item = int(np.searchsorted(offsets, int(tokens.argmin()), side="right")) - 1
+        raise ValueError(f"item {item}: its identifier holds a negative token")
+    return tokens, offsets
 
 
 def _lexicographic_order(tokens: np.ndarray, offsets: np.ndarray) -> np.ndarray:

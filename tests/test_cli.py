@@ -19,7 +19,7 @@ from trainer.experiment import Experiment, load_experiment
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
-VERBS = ["simulate", "prepare", "train", "evaluate", "recommend", "serve", "export", "schema", "demo"]
+VERBS = ["simulate", "prepare", "train", "evaluate", "recommend", "serve", "export", "extend", "schema", "demo"]
 HEAVY = {"torch", "transformers", "ray", "deepspeed", "pyarrow", "peft"}
 
 # Runs the command line and then says, on a line of its own, what it has imported.
@@ -258,6 +258,15 @@ def test_bad_requests_are_refused(tiny_bundle: Path, arguments: list[str], says:
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     for arguments in (["recommend", str(tmp_path), "--history", "i7"], ["export", str(tmp_path), "out", "--merge"]):
         assert f"error: {tmp_path}: not a bundle" in ilrec(*arguments, status=2)
+
+
+def test_extend_adds_what_is_new(tiny_bundle: Path, recommender: Recommender, tmp_path: Path) -> None:
+    known, items, out = recommender.catalogue.item_ids[7], tmp_path / "items.csv", str(tmp_path / "more")
+    items.write_text(f"sku,title\n{known},Another title\nn1,A new tent\n")
+    text = ilrec("extend", str(tiny_bundle), str(items), out, "--id-column", "sku")
+    assert "1 items added to 200, 1 were known" in text
+    assert "n1  A new tent" in ilrec("recommend", out, "--history", "n1; n1", "-k", "201", "--seen")
+    assert "are in" in ilrec("extend", out, str(items), str(tmp_path / "again"), "--id-column", "sku", status=2)
 
 
 def test_export_says_what_to_do(tiny_bundle: Path, tmp_path: Path) -> None:

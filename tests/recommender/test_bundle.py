@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from recommender.backbone import Backbone
 from recommender.bundle import Manifest, read_manifest, write_bundle
+from recommender.catalogue import Catalogue
 from recommender.config import LoraConfig, SearchConfig
 from recommender.errors import UserError
 from recommender.items import ItemSpace
-from recommender.recommender import Recommender, merge_adapter, starting_point
+from recommender.recommender import Recommender, extend_bundle, merge_adapter, starting_point
 from tests.brute_force import BruteForce
 
 HISTORIES = [[3, 50, 7], [199], [], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14]]
@@ -206,6 +208,31 @@ def test_fewer_items_than_k_are_left(tiny_bundle: Path) -> None:
     np.testing.assert_allclose(everything.scores, np.sort(scores)[::-1], atol=1e-4)
 
 
+# ---- New items -------------------------------------------------------------------------------------------------------
+
+
+def test_new_items_are_named_without_training(tiny_bundle: Path, tmp_path: Path) -> None:
+    known = Catalogue.load(tiny_bundle)
+    further = Catalogue(["new1", "new2"], ["A tent for two", known.titles[0]], pa.table({"price": [10.0, 20.0]}))
+    extend_bundle(tiny_bundle, further, tmp_path / "more")
+    before, after = Recommender.load(tiny_bundle), Recommender.load(tmp_path / "more")
+    assert after.catalogue.item_ids == [*known.item_ids, "new1", "new2"]
+    assert after.catalogue.titles[200:] == ["A tent for two", known.titles[0]]
+    for item in range(200):
+        np.testing.assert_array_equal(after.space.identifiers.spelled(item), before.space.identifiers.spelled(item))
+    assert after.catalogue.columns["price"].to_pylist()[198:] == [None, None, 10.0, 20.0]
+    answer = after.recommend([[3, 200]], 202)[0]
+    assert sorted(answer.items) == list(range(202))
+    np.testing.assert_allclose(answer.scores, np.sort(BruteForce(tmp_path / "more").scores([3, 200]))[::-1], atol=1e-4)
+
+
+def test_a_known_item_is_not_added(tiny_bundle: Path, tmp_path: Path) -> None:
+    known = Catalogue.load(tiny_bundle)
+    with pytest.raises(UserError, match="holds an item id twice"):
+        extend_bundle(tiny_bundle, Catalogue([known.item_ids[5]], ["Whatever"]), tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
 # ---- Adapters --------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +289,18 @@ def test_the_base_of_an_adapter_bundle_is_missing(tiny_bundle: Path, tmp_path: P
         Recommender.load(adapted)
     with pytest.raises(UserError, match=r"adapted: its adapter belongs to the base .*base, which cannot be loaded"):
         merge_adapter(adapted, tmp_path / "merged")
+
+
+def test_the_base_of_an_adapter_bundle_was_trained_again(tiny_bundle: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_bundle, tmp_path / "base")
+    adapted = _adapted(base, tmp_path / "adapted", seed=1)
+    recommender = Recommender.load(base)
+    with torch.no_grad():
+        next(recommender.backbone.model.parameters()).add_(0.1)
+    recommender.save(base)
+    for use in (Recommender.load, lambda bundle: merge_adapter(bundle, tmp_path / "merged")):
+        with pytest.raises(UserError, match=rf"{adapted}: its adapter was trained on other weights than {base}"):
+            use(adapted)
 
 
 def test_there_is_no_adapter_to_merge(tiny_bundle: Path, tmp_path: Path) -> None:

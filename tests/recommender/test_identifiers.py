@@ -12,6 +12,7 @@ from recommender.config import IdentifierConfig, PromptConfig
 from recommender.errors import UserError
 from recommender.identifiers import Identifiers, spell_titles
 from recommender.prompt import Prompt
+from recommender.trie import RadixTrie
 
 TITLES = ["Blue Tent", "Blue Tent", "Red Tent for two", "Lamp", "Red Tent for three", "Blue Tent"]
 
@@ -42,6 +43,15 @@ def test_any_titles_can_be_spelled(titles: list[str], limit: int) -> None:
     identifiers = spell_titles(catalogue.titles, tokenizer, IdentifierConfig(max_tokens=limit))
     assert len(set(_all(identifiers))) == len(titles)
     assert np.diff(identifiers.offsets).max() <= limit + 1
+
+
+def test_new_titles_are_told_apart_from_known_ones(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = IdentifierConfig()
+    first = spell_titles(TITLES, tokenizer, config)
+    known = RadixTrie.build(first.tokens, first.offsets)
+    new = spell_titles(["Lamp", "Blue Tent", "Blue Tent", "Green Lamp"], tokenizer, config, known)
+    texts = [tokenizer.decode(spelled[:-1]).strip() for spelled in _all(new)]
+    assert texts == ["Lamp #2", "Blue Tent #4", "Blue Tent #5", "Green Lamp"]
 
 
 def test_a_title_that_spells_the_end_token_does_not_end_early(tokenizer: PreTrainedTokenizerBase) -> None:

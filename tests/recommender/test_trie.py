@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,23 @@ def test_walking_the_tokens_reaches_every_item(identifiers: list[list[int]]) -> 
         assert trie.item_of_leaf[trie.lo[node]] == item
         assert trie.leaf_of_item[item] == trie.lo[node]
         assert trie.identifier(item).tolist() == identifier
+
+
+@given(catalogues, st.integers(0, 30))
+@settings(max_examples=150, deadline=None)
+def test_a_trie_that_was_extended_is_the_trie_of_all(identifiers: list[list[int]], known: int) -> None:
+    known = min(max(known, 1), len(identifiers))
+    extended = build(identifiers[:known]).extended(*ragged(identifiers[known:]))
+    whole = build(identifiers)
+    for field in fields(RadixTrie):
+        np.testing.assert_array_equal(getattr(extended, field.name), getattr(whole, field.name), field.name)
+    assert [extended.item_spelled(np.array(each)) for each in identifiers] == list(range(len(identifiers)))
+    assert extended.item_spelled(np.array([1, 2, 3, 9, END])) is None
+
+
+def test_a_trie_is_not_extended_by_an_identifier_that_it_has() -> None:
+    with pytest.raises(ValueError, match=r"item 2: its identifier equals that of item 0"):
+        build([[1, END], [2, END]]).extended(*ragged([[1, END]]))
 
 
 @given(catalogues)
