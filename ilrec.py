@@ -102,6 +102,43 @@ def train(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  #
 
 
 @app.command()
+def tune(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  # noqa: B006
+    """Try values of some fields (the `sweep` section), stop the bad trials early, export the best one as a bundle.
+
+    Each trial is a training run on Ray as `ilrec train` starts it; as many run at once as the cluster has room for.
+    Interrupted? Run the same command again: finished trials are kept, the others go on.
+
+    \b
+    ilrec tune configs/sweeps/demo.yaml
+    ilrec tune configs/sweeps/ilrec.yaml --set sweep.trials=8 --set name=small-sweep
+    ilrec tune my.yaml --set sweep.concurrent=2 --fresh
+
+    \b
+    sweep:                     # in the experiment
+      parameters:
+        objective.beta: {kind: loguniform, low: 0.005, high: 0.2}     # or uniform
+        training.learning_rate: {kind: choice, values: [5.0e-4, 1.0e-3]}
+        objective.k: {kind: grid, values: [1, 2, 3]}                  # each value with all others
+      trials: 4                # samples, for each point of the grid
+      scheduler: {kind: asha, grace_period: 1, reduction_factor: 3}   # null: no trial is stopped
+    """
+    from trainer.experiment import load_experiment
+
+    experiment = load_experiment(config, overrides)
+    from tune.space import check_sweep
+
+    check_sweep(experiment)
+    from tune.sweep import sweep
+
+    bundle = sweep(experiment, _say, fresh)
+    run = bundle.parent
+    _say(
+        f"bundle: {bundle}\nreport: {run}/tune/report.html, trials.json\nsettings: {run}/best.yaml\n"
+        f"next: ilrec evaluate {config}, or ilrec serve {bundle}, or ilrec train {run}/best.yaml"
+    )
+
+
+@app.command()
 def evaluate(
     config: Config,
     bundle: Annotated[Path | None, typer.Option(help="Default: the experiment's own bundle.")] = None,

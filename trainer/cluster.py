@@ -11,7 +11,7 @@ from trainer.config import ClusterConfig
 
 
 def connect(num_cpus: int | None = None) -> None:
-    """Join the Ray cluster at RAY_ADDRESS, or start one on this machine; nothing is done when connected already.
+    """Join the Ray cluster at RAY_ADDRESS, or start one on this machine, unless connected already.
 
     No usage statistics are sent. Workers' output stays in Ray's own logs: progress comes through the run's log, and
     errors through exceptions.
@@ -19,14 +19,14 @@ def connect(num_cpus: int | None = None) -> None:
     Args:
         num_cpus: of a Ray started here; None = the machine's.
     """
-    import ray
-
-    if ray.is_initialized():
-        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how long a report waits for the controller
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    import ray
+
+    if ray.is_initialized():
+        return
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {}
     if not os.environ.get("RAY_ADDRESS"):

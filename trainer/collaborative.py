@@ -17,7 +17,7 @@ from trainer.collaborative_worker import TOO_LARGE, load, train_worker
 from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
-from trainer.launch import run_to_best, torch_trainer
+from trainer.launch import Trained, run_to_best, torch_trainer
 from trainer.prepare import Say
 from trainer.run import claim
 
@@ -126,6 +126,11 @@ def _fit(run: Experiment, dataset: Dataset, prepared: Path, say: Say) -> Path:
     run.run_dir.mkdir(parents=True, exist_ok=True)
     log = run.run_dir / "train.log"
     trained = run_to_best(torch_trainer(run, prepared, log, train_worker), log, say, TOO_LARGE)
+    return export_collaborative(run, dataset, trained)
+
+
+def export_collaborative(run: Experiment, dataset: Dataset, trained: Trained) -> Path:
+    """Write the bundle of a checkpoint."""
     config = run.recommender
     assert not isinstance(config, LanguageModelConfig)
     model = build_model(config, len(dataset.item_ids))

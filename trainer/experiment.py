@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -35,6 +35,7 @@ from trainer.config import (
 )
 from trainer.data.config import DataConfig
 from trainer.simulator_config import WorldConfig
+from trainer.sweep_config import SweepConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -67,6 +68,7 @@ class Experiment(StrictModel):
     cluster: ClusterConfig = ClusterConfig()
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    sweep: SweepConfig | None = Field(None, description="What `ilrec tune` tries; other verbs do not read it.")
     serving: ServingConfig = ServingConfig()
 
     @model_validator(mode="after")
@@ -124,6 +126,18 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     return _validated(Experiment, _expanded(values, source), overrides, str(source))
 
 
+def with_fields(experiment: Experiment, fields: Mapping[str, Any]) -> Experiment:
+    """A copy in which some fields, given by path, have other values: {"objective.beta": 0.2}.
+
+    Raises:
+        UserError: what comes out is no valid experiment; names the fields.
+    """
+    values = experiment.model_dump(mode="json")
+    for path, value in fields.items():
+        _put(values, path.split("."), value)
+    return _validated(Experiment, values, (), ", ".join(f"{path}={value!r}" for path, value in fields.items()))
+
+
 def load_world(overrides: Sequence[str]) -> WorldConfig:
     """The default world with `field=value` overrides."""
     return _validated(WorldConfig, {}, overrides, "world")
@@ -137,6 +151,8 @@ def _validated(model: type[Model], values: dict[str, Any], overrides: Sequence[s
     except ValidationError as error:
         lines = "\n".join(_explain(item, model) for item in error.errors())
         raise UserError(f"{source}:\n{lines}") from None
+    except UserError as error:  # of a validator
+        raise UserError(f"{source}: {error}") from None
 
 
 def _expanded(value: Any, source: Path) -> Any:
@@ -163,14 +179,18 @@ def _override(values: dict[str, Any], override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise UserError(f"--set {override}: write it as section.field=value, e.g. --set training.epochs=3")
+    try:
+        _put(values, keys, yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: {value!r} is not a YAML value") from None
+
+
+def _put(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     for key in keys[:-1]:
         if not isinstance(values.get(key), dict):
             values[key] = {}
         values = values[key]
-    try:
-        values[keys[-1]] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: {value!r} is not a YAML value") from None
+    values[keys[-1]] = value
 
 
 def _explain(error: Any, model: type[BaseModel]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from ray.train import (
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.callback import RayTrainCallback
 
 from recommender.errors import UserError
 from trainer.experiment import Experiment
@@ -102,15 +103,25 @@ def run_to_best(trainer: TorchTrainer, log: Path, say: Say, too_large: str) -> T
             raise UserError(_failure(error, log.parent / FAILURE)) from error
     if result.return_value["error"]:
         raise UserError(result.return_value["error"])
-    best = max(
-        (entry for entry in result.best_checkpoints or [] if SELECTION in entry[1]),
-        key=lambda entry: entry[1][SELECTION],
-        default=None,
-    )
-    if best is None:
-        raise UserError(f"{log.parent}: the run has no validated checkpoint; see the messages above")
+    checkpoint, metrics = best_checkpoint(result)
     history = json.loads(result.metrics["history"])  # of the last epoch, so of all of them
-    return Trained(best[0], best[1], history)
+    return Trained(checkpoint, metrics, history)
+
+
+def best_checkpoint(result: Any) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint of the epoch with the best validation, and that epoch's metrics.
+
+    Args:
+        result: what Ray Train returned, or read from a run's directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [entry for entry in result.best_checkpoints or [] if SELECTION in entry[1]]
+    if not found:
+        raise UserError(f"{result.path}: the run has no validated checkpoint; see its messages")
+    checkpoint, metrics = max(found, key=lambda entry: entry[1][SELECTION])
+    return checkpoint, metrics
 
 
 def torch_trainer(
@@ -119,8 +130,9 @@ def torch_trainer(
     log: Path,
     worker: Callable[[dict[str, Any]], Any] = train_worker,
     collaborative: Path | None = None,
+    callbacks: Sequence[RayTrainCallback] = (),
 ) -> TorchTrainer:
-    """The Ray Train job of an experiment: `worker` on every rank."""
+    """The Ray Train job of an experiment: `worker` on every rank, `callbacks` in its controller."""
     cluster = experiment.cluster
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
@@ -128,7 +140,10 @@ def torch_trainer(
     environment = {"OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker)))}
     if not cluster.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
-    configuration: dict[str, Any] = {"worker_runtime_env": {"env_vars": environment}}  # not in Ray's stubs
+    configuration: dict[str, Any] = {  # not in Ray's stubs
+        "worker_runtime_env": {"env_vars": environment},
+        "callbacks": list(callbacks),
+    }
     return TorchTrainer(
         worker,
         train_loop_config={

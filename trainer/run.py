@@ -12,7 +12,9 @@ from recommender.bundle import read_manifest
 from recommender.errors import UserError
 from trainer.config import CollaborativeBundle, LanguageModelConfig, RewardConfig
 from trainer.experiment import Experiment
+from trainer.sweep_config import SweepConfig
 
+SWEEP = "tune"  # the directory of a run that is a sweep
 _FILE = "experiment.json"
 _FINGERPRINT = "data fingerprint"
 _SHARED = ("world", "data", "recommender", "evaluation")  # evaluation, as validation chooses the epoch
@@ -31,14 +33,16 @@ _FREE = {
     "recommender": ("epochs", "patience"),
     "evaluation": ("cutoffs", "test_targets", "batch", "bootstrap"),
     "data": ("interactions", "items", "train", "validation", "test"),
+    "sweep": ("concurrent",),
 }
 
 
-def check_claim(experiment: Experiment, data_fingerprint: str | None = None) -> None:
+def check_claim(experiment: Experiment, data_fingerprint: str | None = None, sweep: SweepConfig | None = None) -> None:
     """Refuse a directory in which another experiment was trained.
 
     Args:
         data_fingerprint: of the prepared dataset; None where it is not known yet.
+        sweep: of the directory, if it is a sweep's.
 
     Raises:
         UserError: names the fields that differ.
@@ -46,7 +50,7 @@ def check_claim(experiment: Experiment, data_fingerprint: str | None = None) -> 
     directory = experiment.run_dir
     if not (directory / _FILE).exists() or not (directory / "ray").exists():
         return
-    mine, theirs = _identity(experiment, data_fingerprint), json.loads((directory / _FILE).read_text())
+    mine, theirs = _identity(experiment, data_fingerprint, sweep), json.loads((directory / _FILE).read_text())
     if data_fingerprint is None:
         mine[_FINGERPRINT] = theirs.get(_FINGERPRINT)
     changed = [
@@ -62,34 +66,43 @@ def check_claim(experiment: Experiment, data_fingerprint: str | None = None) -> 
         )
 
 
-def claim(experiment: Experiment, data_fingerprint: str, fresh: bool) -> None:
+def claim(experiment: Experiment, data_fingerprint: str, fresh: bool, sweep: SweepConfig | None = None) -> None:
     """Mark the run's directory as this experiment's, or find it marked so.
 
     Args:
         fresh: remove what an earlier run left (checkpoints, bundle, evaluation); prepared data are kept.
+        sweep: of the directory, if it is a sweep's.
 
     Raises:
-        UserError: another experiment was trained there.
+        UserError: another experiment was trained there, or a sweep was run, whose best trial is the bundle.
     """
     directory = experiment.run_dir
+    if (directory / SWEEP).exists():
+        raise UserError(
+            f"{directory} holds a sweep (`ilrec tune`), whose best trial is its bundle; give this run another name "
+            "(--set name=…)"
+        )
     if fresh:
         for left in ("ray", "bundle", "evaluation"):
             shutil.rmtree(directory / left, ignore_errors=True)
         for left in (_FILE, "train.log", "failure.txt", "training.json", "summary.json"):
             (directory / left).unlink(missing_ok=True)
-    check_claim(experiment, data_fingerprint)
+    check_claim(experiment, data_fingerprint, sweep)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / _FILE).write_text(json.dumps(_identity(experiment, data_fingerprint), indent=2))
+    (directory / _FILE).write_text(json.dumps(_identity(experiment, data_fingerprint, sweep), indent=2))
 
 
-def _identity(experiment: Experiment, data_fingerprint: str | None) -> dict[str, Any]:
+def _identity(experiment: Experiment, data_fingerprint: str | None, sweep: SweepConfig | None) -> dict[str, Any]:
     """What decides a run's outcome, flat: field → value. Where the data lie does not; what is in them does."""
     flat: dict[str, Any] = {_FINGERPRINT: data_fingerprint}
     language_model = isinstance(experiment.recommender, LanguageModelConfig)
     sections = set(_LANGUAGE_MODEL if language_model else _COLLABORATIVE)
     if language_model and needs_rewards(experiment.objective):
         flat["rewards"] = _rewards(experiment.collaborative)
-    for section, values in experiment.model_dump(mode="json", include=sections).items():
+    dumped = experiment.model_dump(mode="json", include=sections)
+    if sweep is not None:
+        dumped["sweep"] = sweep.model_dump(mode="json")
+    for section, values in dumped.items():
         if isinstance(values, dict):
             free = _FREE.get(section, ())
             flat |= {f"{section}.{name}": value for name, value in values.items() if name not in free}

@@ -1,0 +1,158 @@
+"""A sweep as users run it: Ray Tune over Ray Train jobs, stopped early, interrupted, resumed."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from objectives.config import MSLConfig
+from recommender.bundle import read_manifest
+from recommender.errors import UserError
+from recommender.loading import load_recommender
+from trainer.config import ClusterConfig
+from trainer.experiment import Experiment, load_experiment
+from trainer.fit import train
+from trainer.sweep_config import SweepConfig
+from tune.sweep import concurrency, sweep
+
+GOOD, BAD = 5e-3, [1e-8, 2e-8, 3e-8]  # the bad ones do not move the weights
+EPOCHS = 8  # a trial runs on for some seconds until it is stopped
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """Four trials, two at once."""
+    values = tiny_experiment.model_dump(mode="json") | {
+        "name": "sweep",
+        "objective": MSLConfig().model_dump(),
+        "cluster": {"workers": 1, "storage": str(tmp_path_factory.mktemp("sweeps"))},
+        "sweep": {
+            "parameters": {"training.learning_rate": {"kind": "grid", "values": [GOOD, *BAD]}},
+            "scheduler": {"kind": "asha", "grace_period": 1, "reduction_factor": 2},
+            "concurrent": 2,
+        },
+    }
+    values["training"] |= {"epochs": EPOCHS, "patience": EPOCHS}
+    return Experiment.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def swept(ray_cluster: None, experiment: Experiment, said: list[str]) -> Path:
+    """The directory of the finished sweep."""
+    return sweep(experiment, said.append).parent
+
+
+@pytest.fixture(scope="module")
+def trials(swept: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((swept / "tune" / "trials.json").read_text())
+    return found
+
+
+def learning_rate(trial: dict[str, Any]) -> float:
+    return float(trial["parameters"]["training.learning_rate"])
+
+
+def test_bad_trials_are_stopped_early(trials: list[dict[str, Any]]) -> None:
+    assert sorted(map(learning_rate, trials)) == sorted([GOOD, *BAD])
+    outcomes = {learning_rate(trial): trial["outcome"] for trial in trials}
+    assert outcomes[GOOD] == "finished"
+    stopped = [trial for trial in trials if trial["outcome"] == "stopped"]
+    assert len(stopped) >= 2  # the one that comes to an epoch first may go on
+    for trial in stopped:
+        assert 1 <= len(trial["history"]) < EPOCHS
+
+
+def test_stopped_trials_leave_nothing_running(swept: Path) -> None:
+    import ray
+
+    for _ in range(60):
+        if ray.available_resources().get("CPU") == 4:
+            return
+        time.sleep(0.5)
+    pytest.fail(f"of 4 CPUs {ray.available_resources().get('CPU')} are free")
+
+
+def test_the_best_trial_is_the_bundle(swept: Path, trials: list[dict[str, Any]]) -> None:
+    best = max(trials, key=lambda trial: max(epoch["validation_NDCG@10"] for epoch in trial["history"]))
+    assert learning_rate(best) == GOOD
+    manifest = read_manifest(swept / "bundle")
+    assert manifest.metrics["validation_NDCG@10"] == max(e["validation_NDCG@10"] for e in best["history"])
+    assert json.loads((swept / "training.json").read_text()) == best["history"]
+    assert len(load_recommender(swept / "bundle").recommend([[1, 2]], 5)[0].items) == 5
+
+
+def test_the_best_config_loads_and_has_a_run_of_its_own(swept: Path, experiment: Experiment) -> None:
+    best = load_experiment(swept / "best.yaml")
+    assert best.name == "sweep-best"
+    assert best.sweep is None
+    assert best.training.learning_rate == GOOD
+    assert best.objective == experiment.objective
+
+
+def test_the_report_stands_alone(swept: Path, trials: list[dict[str, Any]]) -> None:
+    page = (swept / "tune" / "report.html").read_text()
+    assert "http" not in page
+    assert "<script" not in page
+    assert page.count("<polyline class=") == len(trials)
+    run = sum(len(trial["history"]) for trial in trials)
+    assert f"{run} epochs were run" in page
+
+
+def test_progress_is_said(swept: Path, said: list[str]) -> None:
+    text = "\n".join(said)
+    assert f"4 trials, 2 at once, of at most {EPOCHS} epochs each" in text
+    assert re.search(r"epoch 1, validation NDCG@10 0\.\d+; best so far .* min left", text)
+
+
+def test_a_finished_sweep_is_concluded_again_but_not_run(
+    swept: Path, experiment: Experiment, trials: list[dict[str, Any]]
+) -> None:
+    logs = {path: path.read_text() for path in swept.glob("tune/ray/*/train.log")}
+    (swept / "best.yaml").unlink()
+    again: list[str] = []
+    sweep(experiment, again.append)
+    assert not [line for line in again if "validation NDCG@10" in line]
+    assert {path: path.read_text() for path in swept.glob("tune/ray/*/train.log")} == logs
+    assert json.loads((swept / "tune" / "trials.json").read_text()) == trials
+    assert (swept / "best.yaml").exists()
+
+
+def test_a_changed_sweep_is_refused(swept: Path, experiment: Experiment) -> None:
+    assert experiment.sweep is not None
+    other = experiment.model_copy(update={"sweep": experiment.sweep.model_copy(update={"seed": 7})})
+    with pytest.raises(UserError, match=r"(?s)sweep\.seed: 0 → 7.*--fresh"):
+        sweep(other, lambda text: None)
+
+
+def test_a_sweep_and_a_training_run_do_not_share_a_directory(
+    swept: Path, experiment: Experiment, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"holds a sweep .* give this run another name"):
+        train(experiment, swept / "prepared", lambda text: None)
+    (tmp_path / "sweep" / "ray").mkdir(parents=True)
+    place = experiment.cluster.model_copy(update={"storage": str(tmp_path)})
+    with pytest.raises(UserError, match="holds a run of `ilrec train`"):
+        sweep(experiment.model_copy(update={"cluster": place}), lambda text: None)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_as_many_trials_run_as_there_is_room_for() -> None:
+    grid = {"kind": "grid", "values": list(range(9))}
+    config = SweepConfig.model_validate({"parameters": {"training.seed": grid}})
+    assert concurrency(ClusterConfig(workers=1), config) == 4
+    assert concurrency(ClusterConfig(workers=3), config) == 1
+    assert concurrency(ClusterConfig(workers=1), config.model_copy(update={"concurrent": 3})) == 3
+    with pytest.raises(UserError, match=r"5 workers x 1 CPU need 5, the Ray cluster has 4"):
+        concurrency(ClusterConfig(workers=5), config)
+    with pytest.raises(UserError, match=r"sweep\.concurrent 3: .*or lower sweep\.concurrent"):
+        concurrency(ClusterConfig(workers=2), config.model_copy(update={"concurrent": 3}))

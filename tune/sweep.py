@@ -1,0 +1,203 @@
+"""`ilrec tune`: the driver of a sweep, from an experiment to the best trial's bundle and a report."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+
+from objectives.config import needs_rewards
+from recommender.errors import UserError
+from trainer.cluster import check_resources, connect
+from trainer.collaborative import ensure_collaborative, export_collaborative
+from trainer.config import ClusterConfig, LanguageModelConfig
+from trainer.data.dataset import Dataset
+from trainer.experiment import Experiment
+from trainer.fit import check_model, export
+from trainer.launch import Trained, best_checkpoint, following
+from trainer.prepare import Say, prepare
+from trainer.run import SWEEP, check_claim, claim
+from trainer.sweep_config import Choice, Grid, LogUniform, Parameter, SweepConfig
+from tune.files import LOG, TRIALS
+from tune.progress import METRIC, Progress
+from tune.report import write_report
+from tune.results import Trial, best_of, read_trials, write_best, write_trials
+from tune.scheduler import ResumableAsha
+from tune.space import check_sweep, epochs_of, trial_experiment
+from tune.trial import trainable
+
+
+def sweep(experiment: Experiment, say: Say = print, fresh: bool = False) -> Path:
+    """Train the sweep's trials on Ray, export the best one's best checkpoint as a bundle, write a report.
+
+    A sweep that was interrupted goes on when called again: finished trials are kept, others go on from their latest
+    checkpoint, and failed ones are tried again.
+
+    Args:
+        fresh: start over, whatever an earlier sweep left.
+
+    Returns:
+        `<run>/bundle`. Beside it lie `best.yaml` and `tune/`.
+
+    Raises:
+        UserError: the sweep cannot be run as it is written, the directory holds something else, the cluster is too
+            small, or no trial has finished an epoch.
+    """
+    config, corners = check_sweep(experiment)
+    if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UserError("sweep.search: optuna is not installed; pip install optuna, or choose search: random")
+    for corner in corners:
+        check_model(corner)
+    run, directory = experiment.run_dir, experiment.run_dir / SWEEP
+    if (run / "ray").exists():
+        raise UserError(f"{run} holds a run of `ilrec train`; give the sweep another name (--set name=…)")
+    rewarded = [corner for corner in corners if _takes_rewards(corner)]
+    owner = _placed((rewarded or [experiment])[0], SWEEP, run)
+    if not fresh:
+        check_claim(owner, sweep=config)
+
+    prepared = prepare(experiment, say, fresh)
+    dataset = Dataset.load(prepared / "dataset")
+    if not len(dataset.targets["validation"].position):
+        raise UserError("data: there is no validation target, and the best trial is chosen on them; add data")
+    if not fresh:
+        check_claim(owner, dataset.fingerprint, config)
+    connect()
+    concurrent = concurrency(experiment.cluster, config)
+    collaborative = ensure_collaborative(rewarded[0], prepared, say) if rewarded else None
+    if fresh:
+        _remove(run)
+    claim(owner, dataset.fingerprint, False, config)
+
+    epochs = max(map(epochs_of, corners))
+    say(f"{config.total} trials, {concurrent} at once, of at most {epochs} epochs each")
+    trial = trainable(experiment, directory / TRIALS, prepared, collaborative)
+    with following(directory / LOG, say):
+        results = _tuner(trial, config, epochs, directory, concurrent).fit()
+    return _conclude(experiment, prepared, read_trials(experiment, results, directory), say)
+
+
+def concurrency(cluster: ClusterConfig, config: SweepConfig) -> int:
+    """How many trials run at once: as configured, or as many as the connected Ray has room for.
+
+    Raises:
+        UserError: it has no room for that many, or for a single one.
+    """
+    check_resources(cluster, cluster.workers)
+    if config.concurrent is not None:
+        try:
+            check_resources(cluster, cluster.workers * config.concurrent)
+        except UserError as error:
+            raise UserError(f"sweep.concurrent {config.concurrent}: {error}; or lower sweep.concurrent") from None
+        return config.concurrent
+    has = ray.cluster_resources()
+    needs = {"CPU": cluster.cpus_per_worker * cluster.workers, "GPU": cluster.gpus_per_worker * cluster.workers}
+    return min(config.total, *(int(has[resource] // need) for resource, need in needs.items() if need))
+
+
+def _tuner(trial: Any, config: SweepConfig, epochs: int, directory: Path, concurrent: int) -> tune.Tuner:
+    """Tune's driver: a new one, or the one that was interrupted in `directory`."""
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # trials that fail are reported by us
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the other one draws a table even where `verbose` is 0
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # else Ctrl-C looks like the end of the sweep
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "2")
+    path = directory / TRIALS
+    if tune.Tuner.can_restore(path):
+        return tune.Tuner.restore(str(path), trial, resume_errored=True)
+    return tune.Tuner(
+        trial,
+        param_space={path: _domain(parameter) for path, parameter in config.parameters.items()},
+        tune_config=tune.TuneConfig(
+            metric=METRIC,
+            mode="max",
+            num_samples=config.trials or 1,
+            scheduler=_scheduler(config, epochs),
+            search_alg=_search(config, concurrent),
+            max_concurrent_trials=concurrent if config.search == "optuna" else None,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name=path.name,
+            storage_path=str(directory),
+            verbose=0,
+            callbacks=[Progress(directory, config.total, epochs)],
+        ),
+    )
+
+
+def _domain(parameter: Parameter) -> Any:
+    if isinstance(parameter, Grid):
+        return tune.grid_search(list(parameter.values))
+    if isinstance(parameter, Choice):
+        return tune.choice(list(parameter.values))
+    draw = tune.loguniform if isinstance(parameter, LogUniform) else tune.uniform
+    return draw(parameter.low, parameter.high)
+
+
+def _scheduler(config: SweepConfig, epochs: int) -> Any:
+    if config.scheduler is None:
+        return FIFOScheduler()
+    return ResumableAsha(
+        time_attr="epoch",
+        max_t=epochs,
+        grace_period=config.scheduler.grace_period,
+        reduction_factor=config.scheduler.reduction_factor,
+    )
+
+
+def _search(config: SweepConfig, concurrent: int) -> Any:
+    if config.search == "random":
+        return BasicVariantGenerator(max_concurrent=concurrent, random_state=config.seed)
+    from ray.tune.search.optuna import OptunaSearch
+
+    return OptunaSearch(seed=config.seed)
+
+
+def _name(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
+def _conclude(experiment: Experiment, prepared: Path, trials: list[Trial], say: Say) -> Path:
+    """Write what the sweep found: the trials, the report, the best one's config and bundle."""
+    run, directory = experiment.run_dir, experiment.run_dir / SWEEP
+    failed = [trial for trial in trials if trial.outcome == "failed"]
+    if failed:
+        say(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")
+    write_trials(trials, directory / "trials.json")
+    best = best_of(trials)
+    write_report(experiment.name, trials, directory / "report.html")
+    write_best(experiment, best, len(trials), run / "best.yaml")
+    trained = trial_experiment(experiment, best.parameters)
+    checkpoint, metrics = best_checkpoint(ray.train.Result.from_path(directory / TRIALS / best.name / "ray"))
+    if isinstance(trained.recommender, LanguageModelConfig):
+        return export(trained, prepared, checkpoint, metrics, best.history)
+    dataset = Dataset.load(prepared / "dataset")
+    return export_collaborative(trained, dataset, Trained(checkpoint, metrics, best.history))
+
+
+def _takes_rewards(experiment: Experiment) -> bool:
+    return isinstance(experiment.recommender, LanguageModelConfig) and needs_rewards(experiment.objective)
+
+
+def _remove(run: Path) -> None:
+    for left in (SWEEP, "bundle", "evaluation"):
+        shutil.rmtree(run / left, ignore_errors=True)
+    for file in ("best.yaml", "training.json"):
+        (run / file).unlink(missing_ok=True)
+
+
+def _placed(experiment: Experiment, name: str, storage: Path) -> Experiment:
+    """The same experiment with its run elsewhere: in <storage>/<name>."""
+    cluster = experiment.cluster.model_copy(update={"storage": str(storage)})
+    return experiment.model_copy(update={"name": name, "cluster": cluster})
