@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -37,6 +37,24 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: drop what an e
 Bundle = Annotated[
     Path, typer.Argument(help="A bundle: the directory that `ilrec train` writes, <storage>/<name>/bundle.")
 ]
+Address = Annotated[
+    str,
+    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://<head>:8265."),
+]
+Job = Annotated[str, typer.Argument(help="A job's id, as `ilrec submit` and `ilrec jobs list` print it.")]
+
+jobs_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="""List, show, follow and stop the jobs of a Ray cluster.
+
+\b
+  ilrec jobs list --address http://head:8265
+  ilrec jobs status raysubmit_x
+  ilrec jobs logs raysubmit_x --follow
+  ilrec jobs stop raysubmit_x""",
+)
+app.add_typer(jobs_app, name="jobs")
 
 
 def _say(text: str) -> None:
@@ -329,6 +347,81 @@ def demo(
     from deploy.demo import run
 
     run(experiment, _say, fresh)
+
+
+@app.command()
+def submit(
+    verb: Annotated[Literal["prepare", "train", "tune", "evaluate"], typer.Argument(help="What to run.")],
+    config: Config,
+    address: Address,
+    options: Annotated[list[str] | None, typer.Argument(help="After --: further options of the verb.")] = None,
+    wheel: Annotated[Path | None, typer.Option(help="Send this wheel's code, not the checkout's.")] = None,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log until the job ends.")] = True,
+    overrides: Set = [],  # noqa: B006
+) -> None:
+    """Run a verb as a job of a Ray cluster, and follow it: its log, its exit status. Ctrl-C does not stop it.
+
+    The config is checked here and travels with the code. Paths in it must be absolute, of files that all machines of
+    the cluster see. The cluster's token is sent where RAY_AUTH_MODE=token.
+
+    \b
+    ilrec submit train my.yaml --address http://head:8265
+    ilrec submit train my.yaml --address http://head:8265 --set training.epochs=3 --no-wait -- --fresh
+    """
+    from trainer.experiment import load_experiment, read_values
+
+    experiment, values = load_experiment(config, overrides), read_values(config, overrides)
+    if verb == "tune":
+        from tune.space import check_sweep
+
+        check_sweep(experiment)
+    typer.main.get_group(app).commands[verb].make_context(verb, [str(config), *(options or [])])  # refuses bad options
+    from deploy import jobs
+
+    client = jobs.connect(address)
+    job = jobs.submit(client, verb, experiment, values, options or [], wheel, _say)
+    _say(jobs.submitted(client, job))
+    if wait:
+        raise typer.Exit(jobs.follow(client, job, _say))
+
+
+@jobs_app.command("list")
+def list_jobs(address: Address) -> None:
+    """All jobs that were submitted to the cluster."""
+    from deploy import jobs
+
+    jobs.show(jobs.connect(address))
+
+
+@jobs_app.command()
+def status(job: Job, address: Address) -> None:
+    """One job: its status, and what went wrong."""
+    from deploy import jobs
+
+    jobs.show(jobs.connect(address), job)
+
+
+@jobs_app.command()
+def logs(
+    job: Job,
+    address: Address,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends, with its exit status.")] = False,
+) -> None:
+    """What a job has printed."""
+    from deploy import jobs
+
+    client = jobs.connect(address)
+    if follow:
+        raise typer.Exit(jobs.follow(client, job, _say))
+    _say(jobs.logs(client, job))
+
+
+@jobs_app.command()
+def stop(job: Job, address: Address) -> None:
+    """Stop a job; its checkpoints stay, and the same experiment submitted again goes on from the latest."""
+    from deploy import jobs
+
+    jobs.stop(jobs.connect(address), job, _say)
 
 
 def main() -> NoReturn:

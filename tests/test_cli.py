@@ -19,7 +19,10 @@ from trainer.experiment import Experiment, load_experiment
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
-VERBS = ["simulate", "prepare", "train", "tune", "evaluate", "recommend", "serve", "export", "extend", "schema", "demo"]
+VERBS = [
+    *("simulate", "prepare", "train", "tune", "evaluate", "recommend", "serve", "export", "extend", "schema", "demo"),
+    *("submit", "jobs"),
+]
 HEAVY = {"torch", "transformers", "ray", "deepspeed", "pyarrow", "peft"}
 
 # Runs the command line and then says, on a line of its own, what it has imported.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 from recommender.errors import UserError
@@ -18,6 +21,9 @@ def connect(num_cpus: int | None = None) -> None:
 
     Args:
         num_cpus: of a Ray started here; None = the machine's.
+
+    Raises:
+        UserError: see `check_address`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -29,9 +35,27 @@ def connect(num_cpus: int | None = None) -> None:
         return
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {}
+    check_address()
     if not os.environ.get("RAY_ADDRESS"):
         options = {"include_dashboard": False, "address": "local", "num_cpus": num_cpus}
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    if threading.current_thread() is threading.main_thread():
+        # How a job server or a service manager says Ctrl-C, on which Ray Train ends its workers; Ray would abort.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+
+def check_address() -> None:
+    """Refuse a RAY_ADDRESS such as ray://head:10001: neither code nor files would be where the workers are.
+
+    Raises:
+        UserError: says how to run there.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if "://" in address:
+        raise UserError(
+            f"RAY_ADDRESS={address}: this has to run on a machine of the cluster; submit it as a job: "
+            "ilrec submit VERB CONFIG --address http://<head>:8265"
+        )
 
 
 def check_resources(cluster: ClusterConfig, workers: int) -> None:
@@ -42,7 +66,15 @@ def check_resources(cluster: ClusterConfig, workers: int) -> None:
     """
     import ray
 
-    has = ray.cluster_resources()
+    check_fits(cluster, workers, ray.cluster_resources())
+
+
+def check_fits(cluster: ClusterConfig, workers: int, has: Mapping[str, float]) -> None:
+    """Refuse `workers` of `cluster`'s kind where a Ray cluster's total resources `has` are fewer.
+
+    Raises:
+        UserError: says what is missing.
+    """
     for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
         if each * workers > has.get(resource, 0):
             raise UserError(

@@ -105,10 +105,20 @@ class Experiment(StrictModel):
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment, expand `${VAR}` and `${VAR:-default}`, apply `section.field=value` overrides, validate.
+    """Read an experiment and validate it.
 
     Raises:
         UserError: names the file, the field and the remedy.
+    """
+    return _validated(Experiment, read_values(path, overrides), str(path))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """An experiment as its file gives it, not validated: `${VAR}` and `${VAR:-default}` are expanded, overrides
+    `section.field=value` applied.
+
+    Raises:
+        UserError: the file, a variable or an override cannot be read.
     """
     source = Path(path)
     try:
@@ -123,7 +133,10 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
         raise UserError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{source}: holds no experiment; it should open with `name: …`")
-    return _validated(Experiment, _expanded(values, source), overrides, str(source))
+    values = _expanded(values, source)
+    for override in overrides:
+        _override(values, override)
+    return values
 
 
 def with_fields(experiment: Experiment, fields: Mapping[str, Any]) -> Experiment:
@@ -135,17 +148,18 @@ def with_fields(experiment: Experiment, fields: Mapping[str, Any]) -> Experiment
     values = experiment.model_dump(mode="json")
     for path, value in fields.items():
         _put(values, path.split("."), value)
-    return _validated(Experiment, values, (), ", ".join(f"{path}={value!r}" for path, value in fields.items()))
+    return _validated(Experiment, values, ", ".join(f"{path}={value!r}" for path, value in fields.items()))
 
 
 def load_world(overrides: Sequence[str]) -> WorldConfig:
     """The default world with `field=value` overrides."""
-    return _validated(WorldConfig, {}, overrides, "world")
-
-
-def _validated(model: type[Model], values: dict[str, Any], overrides: Sequence[str], source: str) -> Model:
+    values: dict[str, Any] = {}
     for override in overrides:
         _override(values, override)
+    return _validated(WorldConfig, values, "world")
+
+
+def _validated(model: type[Model], values: dict[str, Any], source: str) -> Model:
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -18,7 +18,7 @@ from recommender.errors import UserError
 from recommender.items import ItemSpace
 from recommender.recommender import Recommender, language_model_manifest
 from trainer import checkpoint
-from trainer.cluster import check_resources, connect
+from trainer.cluster import check_address, check_resources, connect
 from trainer.collaborative import ensure_collaborative, fit_collaborative
 from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
@@ -65,11 +65,13 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
 
 
 def check_model(experiment: Experiment) -> None:
-    """Refuse what can be seen without data: layers that the backbone does not have, bundles that are none.
+    """Refuse what can be seen without data: a Ray that cannot be used, layers that the backbone does not have, bundles
+    that are none.
 
     Raises:
         UserError: says which.
     """
+    check_address()
     if not isinstance(experiment.recommender, LanguageModelConfig):
         return
     objective, collaborative = experiment.objective, experiment.collaborative
