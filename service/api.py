@@ -116,7 +116,10 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
 
     @api.get("/ready", summary="Whether recommenders answer", responses=_problems(503))
     async def ready() -> schema.Ready:
-        asking.served(None)
+        try:
+            models.check()
+        except RuntimeError as error:
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error
         return schema.Ready(status="ready", models=[served.name for served in models.served], failed=models.failed)
 
     @api.get("/v1/models", summary="What is served here")

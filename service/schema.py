@@ -5,11 +5,21 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Le, MaxLen
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, create_model
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PositiveInt, WithJsonSchema, create_model
+from pydantic_core import PydanticCustomError
 
 from service.config import ServingConfig
 
-Value = str | bool | int | float
+
+def _scalar(value: object) -> object:
+    if not isinstance(value, str | int | float):
+        raise PydanticCustomError("scalar", "input should be a text, a number, true or false")
+    return value
+
+
+# One error for what a union of the four would report four times.
+_OF_COLUMN = {"type": ["string", "number", "boolean"]}
+Value = Annotated[str | bool | int | float, PlainValidator(_scalar), WithJsonSchema(_OF_COLUMN)]
 
 EXAMPLE_REQUEST: dict[str, Any] = {
     "history": ["B0001", "Norvik Trail Tent, 2 persons"],

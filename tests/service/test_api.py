@@ -182,6 +182,7 @@ def test_filters(client: TestClient) -> None:
         ({"history": ["B01"], "where": {"colour": ["red"]}}, "where.colour", "columns .* by: decade, kind, tags"),
         ({"history": ["B01"], "where": {"kind": "tent"}}, "where.kind", "array"),
         ({"history": ["B01"], "where": {"kind": ["tent"] * 7}}, "where.kind", "at most 6"),
+        ({"history": ["B01"], "where": {"kind": ["tent", None]}}, "where.kind[1]", "a text, a number, true or false"),
         ({"history": ["B01"], "max_per": {"colour": 1}}, "max_per.colour", "unknown column"),
         ({"history": ["B01"], "max_per": {"kind": 0}}, "max_per.kind", "greater than 0"),
         ({"history": ["B01"], "search": {"width": 51}}, "search.width", "less than or equal to 50"),

@@ -237,7 +237,7 @@ def test_bundles_replace_each_other_whole_or_not_at_all(tiny_bundle: Path, tmp_p
 def test_until_there_is_a_model_nothing_is_ready() -> None:
     with serving({}) as client:
         assert client.get("/health").json() == {"status": "ok"}
-        assert refused(client.get("/ready"), 503)["detail"] == "no model is loaded yet"
+        assert "no model is loaded" in refused(client.get("/ready"), 503)["detail"]
         assert client.post(URL, json=ASKED).headers["retry-after"] == "5"
         assert client.get("/v1/models").json() == {"models": [], "failed": None}
     with serving({"a": StandIn()}) as client:

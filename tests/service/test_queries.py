@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
 from recommender.catalogue import Catalogue
+from recommender.recommendation import Recommendation
+from service.answering import answer
+from service.config import ServingConfig
+from service.metrics import Metrics
+from service.models import Models
+from service.queries import Query
 from tests.service.test_api import ITEMS, URL, StandIn, ids, refused, serving
 
 
@@ -61,6 +70,40 @@ def test_capped_lists_are_those_of_the_whole_ranking(client: TestClient, caps: d
         assert ids(answer) == [f"B{item:02}" for item in expected]
         assert answer.json()["exact"] is True
         assert answer.json()["complete"] is (len(expected) == k)
+
+
+def test_caps_and_columns_over_a_real_search(tiny_bundle: Path) -> None:
+    """Against the ranking of the whole catalogue, in one batch with a plain query."""
+    models = Models(ServingConfig(), Metrics())
+    asyncio.run(models.swap({"tiny": str(tiny_bundle)}))
+    [served] = models.served
+    table = served.catalogue.columns
+    assert table is not None
+    kinds, brands = table["kind"].to_pylist(), table["brand"].to_pylist()
+    [whole] = served.recommender.recommend([[3, 50]], 200)
+    nothing = np.empty(0, np.int64)
+    allowed = served.columns["kind"].items_with(kinds[0])
+    plain, spread, narrow = answer(
+        served,
+        [
+            Query([3, 50], 7, nothing),
+            Query([3, 50], 30, nothing, caps={"brand": 4, "kind": 5}),
+            Query([3, 50], 5, nothing, allow=allowed, caps={"brand": 1}),
+        ],
+    )
+    assert isinstance(spread, Recommendation)
+    assert isinstance(narrow, Recommendation)
+    expected: list[int] = []
+    for item in whole.items:
+        full = [brands[i] for i in expected].count(brands[item]) == 4
+        if not full and [kinds[i] for i in expected].count(kinds[item]) < 5:
+            expected.append(item)
+    assert spread.items == expected[:30]
+    assert spread.exact
+    first_of_brand = {brands[item]: item for item in reversed(whole.items) if kinds[item] == kinds[0]}
+    assert narrow.items == [item for item in whole.items if item in first_of_brand.values()][:5]
+    np.testing.assert_allclose(spread.scores, [whole.scores[whole.items.index(i)] for i in spread.items], atol=1e-4)
+    assert plain == served.recommender.recommend([[3, 50]], 7)[0]
 
 
 def test_a_search_may_be_bounded(client: TestClient, recommender: StandIn) -> None:
