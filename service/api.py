@@ -267,11 +267,12 @@ def _ranked(served: Served, items: Sequence[int], scores: Sequence[float]) -> li
 
 def _item(served: Served, item: int) -> schema.Item:
     catalogue = served.catalogue
-    columns = {} if catalogue.columns is None else catalogue.columns.slice(item, 1).to_pylist()[0]
+    row = {} if catalogue.columns is None else catalogue.columns.slice(item, 1).to_pylist()[0]
+    shown = {name: value for name, value in row.items() if not isinstance(value, bytes)}
     return schema.Item(
         item_id=catalogue.item_ids[item],
         title=catalogue.titles[item],
-        columns={name: value for name, value in columns.items() if name not in ("item_id", "title")},
+        columns={name: value for name, value in shown.items() if name not in ("item_id", "title")},
         popularity=None if catalogue.popularity is None else int(catalogue.popularity[item]),
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from fastapi import FastAPI
-from pydantic import Field
+from pydantic import Field, ValidationError
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
@@ -67,7 +67,12 @@ class Endpoint:
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve these bundles: at the start, and whenever the deployment's `user_config` changes."""
-        await self.models.swap(UserConfig.model_validate(user_config).models)
+        try:
+            bundles = UserConfig.model_validate(user_config).models
+        except ValidationError as error:  # raised, it would take the replica down
+            self.models.keep(f"user_config: {error}")
+        else:
+            await self.models.swap(bundles)
 
     def check_health(self) -> None:
         """Serve replaces a replica for which this raises."""

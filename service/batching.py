@@ -110,9 +110,9 @@ class Batcher(Generic[Query, Answer]):
 
     async def _empty(self) -> None:
         while self._waiting:
+            if self._wait_seconds and len(self._waiting) < self._max_size:
+                await asyncio.sleep(self._wait_seconds)
             async with self._thread.turn:
-                if self._wait_seconds and len(self._waiting) < self._max_size:
-                    await asyncio.sleep(self._wait_seconds)
                 batch: list[tuple[Query, asyncio.Future[Answer], float]] = []
                 while self._waiting and len(batch) < self._max_size:
                     query, future, since = self._waiting.popleft()

@@ -51,7 +51,7 @@ class BodyLimit:
                 pass
             gone.set()
 
-        work = asyncio.create_task(self._answer(scope, replay, send))
+        work = asyncio.ensure_future(self.app(scope, replay, send))
         watching = asyncio.create_task(watch())
         try:
             await asyncio.wait({work, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -60,9 +60,6 @@ class BodyLimit:
         finally:
             work.cancel()
             watching.cancel()
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self.app(scope, receive, send)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         problem = Problem(

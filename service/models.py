@@ -85,8 +85,8 @@ class Models:
         return next(iter(self._served.values()), None) if name is None else self._served.get(name)
 
     def replace(self, recommenders: Mapping[str, AnyRecommender]) -> None:
-        """Serve these from now on. Requests that are under way end with the recommender that they began with."""
-        self._served = self._around(recommenders)
+        """Serve these, open already, from now on; requests under way end with the recommender that they began with."""
+        self._served = {name: self._around(name, recommender) for name, recommender in recommenders.items()}
 
     async def swap(self, bundles: Mapping[str, str]) -> None:
         """Open bundles beside what is served, let each repeat its golden request, then replace all at once.
@@ -99,14 +99,22 @@ class Models:
             try:
                 loaded = await asyncio.to_thread(self._open, bundles)
             except UserError as error:
-                self.metrics.swap(len(self._served), failed=True)
-                if not self._served:
-                    raise
-                self.failed = str(error)
-                logger.error(json.dumps({"models": "kept", "failed": self.failed}))
+                self.keep(str(error))
             else:
                 self._served, self.failed = loaded, None
                 self.metrics.swap(len(loaded), failed=False)
+
+    def keep(self, reason: str) -> None:
+        """Go on with what is served, because of what is wrong with that which was to come.
+
+        Raises:
+            UserError: the reason, where nothing is served yet.
+        """
+        self.metrics.swap(len(self._served), failed=True)
+        if not self._served:
+            raise UserError(reason)
+        self.failed = reason
+        logger.error(json.dumps({"models": "kept", "failed": reason}))
 
     def check(self) -> None:
         """Whether the replica is worth keeping.
@@ -122,26 +130,18 @@ class Models:
             raise RuntimeError(f"a batch has been computed for {self._thread.busy_seconds:.0f} s")
 
     def _open(self, bundles: Mapping[str, str]) -> dict[str, Served]:
-        if not bundles:
-            raise UserError("models: name at least one bundle, {name: path}")
-        device = "cuda" if self.config.gpus_per_replica else "cpu"
-        recommenders: dict[str, AnyRecommender] = {}
-        for name, path in bundles.items():
-            recommenders[name] = self._opened(Path(path).expanduser(), device)
-        return self._around(recommenders)
+        return {name: self._opened(name, Path(path).expanduser()) for name, path in bundles.items()}
 
-    def _opened(self, path: Path, device: str) -> AnyRecommender:
+    def _opened(self, name: str, path: Path) -> Served:
         try:
+            device = "cuda" if self.config.gpus_per_replica else "cpu"
             recommender = load_recommender(path, device, search=self.config.search)
             golden.check(recommender)
+            return self._around(name, recommender)
         except UserError:
             raise
         except Exception as error:  # whatever a library says of a bundle, the replica lives on
             raise UserError(f"{path}: cannot be served: {type(error).__name__}: {error}") from error
-        return recommender
 
-    def _around(self, recommenders: Mapping[str, AnyRecommender]) -> dict[str, Served]:
-        return {
-            name: Served(name, recommender, self.config, self._thread, self.metrics)
-            for name, recommender in recommenders.items()
-        }
+    def _around(self, name: str, recommender: AnyRecommender) -> Served:
+        return Served(name, recommender, self.config, self._thread, self.metrics)

@@ -130,6 +130,8 @@ def test_bundles_are_swapped_without_a_failed_request(url: str, tiny_bundle: Pat
         assert get(f"{url}/ready")["failed"] is None
         deploy({"wrong": str(wrong)})
         until(lambda: "golden request" in str(get(f"{url}/ready")["failed"]))
+        deploy({})
+        until(lambda: "at least 1 item" in str(get(f"{url}/v1/models")["failed"]))
         stop.set()
         answers = [answer for each in asking for answer in each.result()]
     assert {status for status, _ in answers} == {200}
