@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +84,20 @@ def ask(experiment: Experiment, bundle: Path, dataset: Dataset) -> tuple[list[st
     from ray import serve
 
     from service.app import run as run_service
+    from service.client import Client
+    from service.schema import RecommendationRequest
 
-    serving = experiment.serving.model_copy(update={"host": "127.0.0.1", "port": _free_port()})
+    here = {"host": "127.0.0.1", "port": _free_port(), "token_file": None, "token_variable": None}
+    serving = experiment.serving.model_copy(update=here)
     run_service(bundle, serving, blocking=False)
     items = held_out(dataset, "test").histories[0][-serving.max_history :]
-    body = json.dumps({"history": [dataset.item_ids[i] for i in items], "k": min(10, serving.max_k)}).encode()
-    url = f"http://{serving.host}:{serving.port}/v1/recommendations"
-    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    request = RecommendationRequest(history=[dataset.item_ids[i] for i in items], k=min(10, serving.max_k))
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            answer: dict[str, Any] = json.load(response)
+        with Client(f"http://{serving.host}:{serving.port}", timeout=60) as client:
+            answer = client.recommend(request)
     finally:
         serve.shutdown()
-    return [dataset.titles[i] for i in items], answer
+    return [dataset.titles[i] for i in items], answer.model_dump()
 
 
 def _free_port() -> int:

@@ -35,6 +35,22 @@ SCHEMA_VERSION = 1
 LANGUAGE_MODEL = "language_model"
 
 
+class Golden(BaseModel):
+    """A request that was answered when the bundle was written.
+
+    Attributes:
+        history: item indices.
+        items, scores: of its top-K.
+        score, temperature: the search settings that decide scores.
+    """
+
+    history: list[int]
+    items: list[int]
+    scores: list[float]
+    score: str
+    temperature: float | None
+
+
 class Manifest(BaseModel):
     """What `recommender.json` holds.
 
@@ -50,6 +66,7 @@ class Manifest(BaseModel):
         objective: what it was trained with.
         data_fingerprint: of the prepared dataset.
         metrics: of the selection (validation), by name.
+        golden: a request and its answer, for a self-check; None in bundles from before it existed.
         checksums: sha256 of every other file but the README, by name.
     """
 
@@ -65,6 +82,7 @@ class Manifest(BaseModel):
     objective: dict[str, Any] = {}
     data_fingerprint: str = ""
     metrics: dict[str, float] = {}
+    golden: Golden | None = None
     checksums: dict[str, str] = {}
 
     @property

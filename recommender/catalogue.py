@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import marisa_trie
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recommender.errors import UserError
 
+POPULARITY = "training_interactions"  # the column of catalogue.parquet that holds it
 _WHITESPACE = re.compile(r"\s+")
 
 
@@ -41,9 +44,16 @@ class Catalogue:
         item_ids: the user's ids, distinct.
         titles: titles as in the source; normalised here. An empty one becomes "Item <item_id>".
         columns: further columns, kept as they are (categories, brands, …), with one row an item.
+        popularity: int64 [items]; how often each occurs in the training data, where that is known.
     """
 
-    def __init__(self, item_ids: Sequence[str], titles: Sequence[str], columns: pa.Table | None = None):
+    def __init__(
+        self,
+        item_ids: Sequence[str],
+        titles: Sequence[str],
+        columns: pa.Table | None = None,
+        popularity: np.ndarray | None = None,
+    ):
         if len(item_ids) != len(titles):
             raise ValueError(f"{len(item_ids)} item ids, but {len(titles)} titles")
         if not item_ids:
@@ -51,6 +61,7 @@ class Catalogue:
         self.item_ids = list(item_ids)
         self.titles = [normalise_title(t or "") or f"Item {i}" for i, t in zip(item_ids, titles, strict=True)]
         self.columns = columns
+        self.popularity = popularity
         self._by_id = {item_id: index for index, item_id in enumerate(self.item_ids)}
         if len(self._by_id) != len(self.item_ids):
             raise UserError("the catalogue holds an item id twice")
@@ -62,6 +73,10 @@ class Catalogue:
     def title_index(self) -> marisa_trie.RecordTrie:
         """Title (case folded) → item indices, for look-ups and prefix search from Python."""
         return marisa_trie.RecordTrie("<I", ((t.casefold(), (i,)) for i, t in enumerate(self.titles)))
+
+    def index_of_id(self, item_id: str) -> int | None:
+        """The index of an item named by its id; None when unknown."""
+        return self._by_id.get(item_id)
 
     def index_of(self, text: str) -> int | None:
         """The index of an item named by its id or, failing that, by its title (case ignored); None when unknown.
@@ -105,7 +120,9 @@ class Catalogue:
         return [index for index in found if index is not None]
 
     def extended(self, further: Catalogue) -> Catalogue:
-        """With further items behind those that it has; a column that one of the two lacks is null there.
+        """With further items behind those that it has, in no training data yet.
+
+        A column that one of the two lacks is null there.
 
         Raises:
             UserError: an item id stands in both, or a column holds other types.
@@ -120,19 +137,30 @@ class Catalogue:
             columns = pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
             raise UserError(f"the new items have columns of other types than the catalogue: {error}") from None
-        return Catalogue(self.item_ids + further.item_ids, self.titles + further.titles, columns)
+        popularity = None if self.popularity is None else np.append(self.popularity, np.zeros(len(further), np.int64))
+        return Catalogue(self.item_ids + further.item_ids, self.titles + further.titles, columns, popularity)
 
     def save(self, directory: Path) -> None:
         table = self.columns if self.columns is not None else pa.table({})
         kept = [name for name in table.column_names if name not in ("item_id", "title")]
-        columns = {"item_id": pa.array(self.item_ids, pa.string()), "title": pa.array(self.titles, pa.string())}
-        pq.write_table(pa.table(columns | {name: table[name] for name in kept}), directory / "catalogue.parquet")
+        columns: dict[str, Any] = {
+            "item_id": pa.array(self.item_ids, pa.string()),
+            "title": pa.array(self.titles, pa.string()),
+        }
+        columns |= {name: table[name] for name in kept}
+        if self.popularity is not None:
+            columns[POPULARITY] = pa.array(self.popularity, pa.int64())
+        pq.write_table(pa.table(columns), directory / "catalogue.parquet")
         self.title_index.save(str(directory / "titles.marisa"))
 
     @classmethod
     def load(cls, directory: Path) -> Catalogue:
         table = pq.read_table(directory / "catalogue.parquet")
-        catalogue = cls(table["item_id"].to_pylist(), table["title"].to_pylist(), table)
+        popularity = None
+        if POPULARITY in table.column_names:
+            popularity = table[POPULARITY].to_numpy()
+            table = table.drop_columns([POPULARITY])
+        catalogue = cls(table["item_id"].to_pylist(), table["title"].to_pylist(), table, popularity)
         if (directory / "titles.marisa").exists():
             # marisa's own format, a plain trie: loading it runs no code.
             catalogue.__dict__["title_index"] = marisa_trie.RecordTrie("<I").mmap(str(directory / "titles.marisa"))

@@ -6,10 +6,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from recommender.bundle import Manifest
 from recommender.catalogue import Catalogue
+from recommender.config import SearchConfig
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Recommendation:
         scores: log-probabilities of the items, in the same order.
         exact: whether this is proven to be the true top-K of the allowed items.
         expansions: trie nodes that the search expanded; 0 for a model that scores every item.
+        prompt_tokens: tokens of the prompt that was run; 0 for a model that reads none.
     """
 
     items: list[int]
     scores: list[float]
     exact: bool
     expansions: int
+    prompt_tokens: int = 0
 
 
 class AnyRecommender(Protocol):
@@ -41,6 +45,7 @@ class AnyRecommender(Protocol):
         k: int | Sequence[int] = 10,
         exclude: Sequence[Collection[int]] | None = None,
         allow: Sequence[Collection[int] | None] | None = None,
+        search: SearchConfig | None = None,
     ) -> list[Recommendation]:
         """The top-K items for each history.
 
@@ -49,6 +54,16 @@ class AnyRecommender(Protocol):
             k: how many items, for all or for each.
             exclude: items that may not be recommended, for each history.
             allow: if not None, the only items that may be, for each history.
+            search: whose mode, width and node budget are kept in place of the recommender's own, where it searches.
+        """
+        ...
+
+    def rank(self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The scores of given candidates, as `recommend` would give them: one list for each history.
+
+        Args:
+            histories: item indices, oldest first.
+            candidates: item indices, at least one for each history.
         """
         ...
 
@@ -60,13 +75,17 @@ def allowed_items(
     allow: Sequence[Collection[int] | None] | None,
 ) -> torch.Tensor | None:
     """What the filters leave: bool [rows, items], or None where they leave everything."""
-    if not any(exclude or ()) and all(only is None for only in allow or ()):
+    if not any(map(len, exclude or ())) and all(only is None for only in allow or ()):
         return None
     allowed = torch.ones(rows, items, dtype=torch.bool)
     for row in range(rows):
         if allow is not None and (only := allow[row]) is not None:
             allowed[row] = False
-            allowed[row, list(only)] = True
+            allowed[row, _indices(only)] = True
         if exclude is not None:
-            allowed[row, list(exclude[row])] = False
+            allowed[row, _indices(exclude[row])] = False
     return allowed
+
+
+def _indices(items: Collection[int] | np.ndarray) -> torch.Tensor:
+    return torch.as_tensor(items if isinstance(items, np.ndarray) else list(items), dtype=torch.int64)

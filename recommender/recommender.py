@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from recommender.bundle import LANGUAGE_MODEL, MANIFEST, Manifest, read_manifest
 from recommender.catalogue import Catalogue
 from recommender.config import LoraConfig, SearchConfig
 from recommender.errors import UserError
+from recommender.golden import record
 from recommender.items import ItemSpace
 from recommender.recommendation import Recommendation, allowed_items
+from recommender.scoring import CandidateScorer
 from recommender.search import TreeSearch
 
 if TYPE_CHECKING:
@@ -46,6 +49,10 @@ class Recommender:
         self.backbone.model.eval()
         self._longest_response = int(np.diff(space.identifiers.offsets).max())
         self._search = TreeSearch(backbone, space.trie, manifest.search.at_temperature(manifest.temperature))
+
+    @cached_property
+    def _scorer(self) -> CandidateScorer:
+        return CandidateScorer(self._search, self.space.trie)
 
     @classmethod
     def load(
@@ -81,8 +88,8 @@ class Recommender:
             self.space.save(aside)
             self.backbone.model.save_pretrained(str(aside))
 
-        manifest = self.manifest.model_copy(update={"base": _base_weights(self.backbone.model)})
-        write_bundle(Path(directory), manifest, write_files)
+        added = {"base": _base_weights(self.backbone.model), "golden": record(self)}
+        write_bundle(Path(directory), self.manifest.model_copy(update=added), write_files)
 
     def recommend(
         self,
@@ -90,6 +97,7 @@ class Recommender:
         k: int | Sequence[int] = 10,
         exclude: Sequence[Collection[int]] | None = None,
         allow: Sequence[Collection[int] | None] | None = None,
+        search: SearchConfig | None = None,
     ) -> list[Recommendation]:
         """The top-K items for each history.
 
@@ -99,17 +107,31 @@ class Recommender:
             k: how many items, for all or for each.
             exclude: items that may not be recommended, for each history.
             allow: if not None, the only items that may be, for each history.
+            search: whose mode, width and node budget are kept in place of this recommender's own.
         """
         prompts = [self._prompt(history) for history in histories]
-        rankings = self._search.search(
+        tree_search = self._search if search is None else self._search.within(search)
+        rankings = tree_search.search(
             prompts,
             k if isinstance(k, int) else list(k),
             allowed_items(len(histories), len(self.catalogue), exclude, allow),
         )
         return [
-            Recommendation(ranking.items.tolist(), ranking.scores.tolist(), ranking.exact, ranking.expansions)
-            for ranking in rankings
+            Recommendation(
+                ranking.items.tolist(), ranking.scores.tolist(), ranking.exact, ranking.expansions, len(prompt)
+            )
+            for ranking, prompt in zip(rankings, prompts, strict=True)
         ]
+
+    def rank(self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The scores of given candidates, as `recommend` would give them; one forward pass a history.
+
+        Args:
+            histories: as in `recommend`.
+            candidates: item indices, at least one for each history.
+        """
+        pairs = zip(histories, candidates, strict=True)
+        return [self._scorer.score(self._prompt(history), items).tolist() for history, items in pairs]
 
     def _prompt(self, history: Sequence[int]) -> np.ndarray:
         """The prompt of as many of the latest items as leave room for the longest response."""

@@ -18,6 +18,7 @@ first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import Field, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +119,13 @@ class TreeSearch:
             self._expand(rows, step, cache, tree)
         answers.store(rows)
         return answers.rankings()
+
+    def within(self, limits: SearchConfig) -> TreeSearch:
+        """This search with the mode, width and node budget of `limits`; what it scores stays."""
+        bounds = {name: getattr(limits, name) for name in ("mode", "width", "node_budget")}
+        bounded = copy(self)
+        bounded.config = self.config.model_copy(update=bounds)
+        return bounded
 
     # ------------------------------------------------------------------------------------------------- the steps
 
@@ -224,15 +232,15 @@ class TreeSearch:
         token = self.trie.first_token[entry].clamp(min=0)
         score = nodes.score
         if self.config.score == "valid":
-            logits, _ = self._logits(hidden, owner, token, normalise=False)
-            step_score = _log_softmax_within(logits, counts, owner)
+            logits, _ = self.logits(hidden, owner, token, normalise=False)
+            step_score = log_softmax_within(logits, counts, owner)
         elif chains is None:
-            logits, norm = self._logits(hidden, owner, token, normalise=True)
+            logits, norm = self.logits(hidden, owner, token, normalise=True)
             step_score = logits - norm[owner]
         else:
             everywhere = torch.arange(len(hidden), device=hidden.device)
             position = torch.cat([everywhere, chains.last[owner]])
-            logits, norm = self._logits(hidden, position, torch.cat([chains.following, token]), normalise=True)
+            logits, norm = self.logits(hidden, position, torch.cat([chains.following, token]), normalise=True)
             chain_score, step_score = (logits - norm[position]).split([len(everywhere), sizes.entries])
             chain_score = torch.where(chains.is_scored, chain_score, 0.0)
             score = score + torch.segment_reduce(chain_score, "sum", lengths=chains.length, unsafe=True)
@@ -247,7 +255,7 @@ class TreeSearch:
         limit = self.config.node_budget if self.config.mode == "exact" else self.config.width
         rows.add(row, key, entry, nodes.expansion[owner], is_finished, sizes.widest, limit)
 
-    def _logits(
+    def logits(
         self, hidden: torch.Tensor, position: torch.Tensor, token: torch.Tensor, normalise: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """float32 logits / temperature of the queries (position, token) [T], and logsumexp per position [P] if asked.
@@ -487,7 +495,7 @@ def _place_in_row(row: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.arange(len(row), device=row.device) - first[row]
 
 
-def _log_softmax_within(logits: torch.Tensor, counts: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
+def log_softmax_within(logits: torch.Tensor, counts: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:
     """Log-softmax of float32 `logits` [T] within consecutive groups of `counts` [N]; never above 0."""
     shifted = logits - torch.segment_reduce(logits, "max", lengths=counts, unsafe=True)[owner]
     total = torch.segment_reduce(shifted.exp().double(), "sum", lengths=counts, unsafe=True)

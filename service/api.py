@@ -1,160 +1,302 @@
-"""The HTTP interface of a recommender, as a FastAPI application. It knows nothing of Ray."""
+"""The HTTP interface of recommenders, as a FastAPI application. It knows nothing of Ray."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request
-from pydantic import ValidationError
+from fastapi import FastAPI, Query, Request, Response
+from pydantic import BaseModel, ValidationError
 
-from recommender.catalogue import Catalogue
 from recommender.errors import UserError
-from recommender.recommendation import AnyRecommender, Recommendation
-from service import problems, schema
-from service.batching import Batcher
-from service.config import ServingConfig
+from service import problems, queries, schema
+from service.auth import Bearer, read_tokens
+from service.batching import Busy
+from service.limits import BodyLimit
+from service.logs import FeedbackLog, RequestLog
+from service.metrics import MEDIA_TYPE
+from service.models import Models, Served
 from service.problems import Problem
+from service.queries import Resolver
 from service.schema import FieldError
 
 DESCRIPTION = """The next items for a user's history: the top-K of the whole catalogue by the model's scores.
 
-Errors are problem documents (RFC 9457, `application/problem+json`) that name the faulty field.
+Errors are problem documents (RFC 9457, `application/problem+json`) that name the faulty field. Every answer bears an
+`X-Request-ID`: yours, if you sent one.
 """
+_ITEMS_AT_MOST = 100
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
-@dataclass(frozen=True)
-class Query:
-    """A request in item indices."""
+def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
+    """The endpoint around a replica's models.
 
-    history: list[int]
-    k: int
-    exclude: set[int]
-    allow: set[int] | None
+    Args:
+        models: loaded, or about to be.
+        answer_request_id: whether to send `X-Request-ID` back, which Serve's proxy does by itself.
 
-
-def create_api(recommender: AnyRecommender, config: ServingConfig) -> FastAPI:
-    """The endpoint around a loaded recommender.
-
-    The application must be run with its lifespan, which holds the thread that searches.
+    Raises:
+        UserError: the configured tokens cannot be read.
     """
-    catalogue, name = recommender.catalogue, recommender.manifest.name
-    request_model = schema.limited_request(config)
-
-    def answer(queries: list[Query]) -> list[Recommendation]:
-        return recommender.recommend(
-            [query.history for query in queries],
-            [query.k for query in queries],
-            [query.exclude for query in queries],
-            [query.allow for query in queries],
-        )
-
-    batcher = Batcher(answer, config.max_batch_size, config.batch_wait_seconds, config.threads)
-
-    @asynccontextmanager
-    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
-        async with batcher.running():
-            yield
-
-    api = _Api(title="ilrec", summary=f"Recommendations by {name}", description=DESCRIPTION, lifespan=lifespan)
-    api.add_middleware(problems.BodyLimit, max_bytes=config.max_body_bytes)
+    config = models.config
+    requests = schema.limited_requests(config)
+    asking = _Asking(models)
+    tokens = read_tokens(config)
+    api = _Api(
+        title="ilrec",
+        summary="Recommendations that exist",
+        description=DESCRIPTION,
+        responses=_problems(401) if tokens else {},
+    )
+    api.requests = requests
+    api.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    if tokens:
+        api.add_middleware(Bearer, digests=tokens)
+    api.add_middleware(RequestLog, metrics=models.metrics, answer_id=answer_request_id)  # around the others
     problems.install(api)
+    refusals = _problems(400, 413, 415, 422, 503, 504)
 
     @api.post(
         "/v1/recommendations",
         summary="Recommend the next items for one history",
-        responses=_problems(400, 413, 415, 422),
-        openapi_extra=_json_body(request_model),
+        responses=refusals,
+        openapi_extra=_body(requests.recommend),
     )
     async def recommend(request: Request) -> schema.RecommendationResponse:
-        started = time.perf_counter()
-        asked = _parse(request_model, request.headers.get("content-type", ""), await request.body())
-        query = resolve(asked, catalogue)
-        try:
-            found = await batcher.submit(query)
-        except UserError as error:
-            raise Problem.of_fields([FieldError(field="history", message=str(error))]) from error
-        return schema.RecommendationResponse(
-            items=[
-                schema.RecommendedItem(
-                    rank=rank, item_id=catalogue.item_ids[item], title=catalogue.titles[item], score=score
-                )
-                for rank, (item, score) in enumerate(zip(found.items, found.scores, strict=True), 1)
-            ],
-            exact=found.exact,
-            complete=len(found.items) == asked.k,
-            model=name,
-            latency_ms=round((time.perf_counter() - started) * 1e3, 2),
-        )
+        [answer] = await asking.recommendations(request, [await _parsed(requests.recommend, request)], [""])
+        return answer
 
-    @api.get("/health", summary="Whether requests can be answered")
+    @api.post(
+        "/v1/recommendations/batch",
+        summary="Recommend the next items for several histories",
+        responses=refusals,
+        openapi_extra=_body(requests.batch),
+    )
+    async def recommend_batch(request: Request) -> schema.BatchResponse:
+        asked = (await _parsed(requests.batch, request)).requests
+        prefixes = [f"requests[{place}]." for place in range(len(asked))]
+        return schema.BatchResponse(answers=await asking.recommendations(request, asked, prefixes))
+
+    @api.post(
+        "/v1/rank",
+        summary="Order given items for one history",
+        responses=refusals,
+        openapi_extra=_body(requests.rank),
+    )
+    async def rank(request: Request) -> schema.RankResponse:
+        return await asking.ranking(request, await _parsed(requests.rank, request))
+
+    @api.get(
+        "/v1/items/search", summary="Find items by title: by its opening, then by its words", responses=_problems(422)
+    )
+    async def search_items(
+        q: Annotated[str, Query(min_length=1, max_length=200, description="What is typed.", examples=["norvik te"])],
+        limit: Annotated[int, Query(ge=1, le=_ITEMS_AT_MOST, description="Items at most.")] = 10,
+        model: Annotated[str | None, Query(description="Whose catalogue; default: the first model's.")] = None,
+    ) -> schema.Items:
+        served = asking.served(model)
+        return schema.Items(items=[_item(served, item) for item in served.titles.search(q, limit)])
+
+    @api.get("/v1/items/{item_id:path}", summary="One item of the catalogue", responses=_problems(404, 422))
+    async def item(item_id: str, model: str | None = None) -> schema.Item:
+        served = asking.served(model)
+        index = served.catalogue.index_of_id(item_id)
+        if index is None:
+            raise Problem(HTTPStatus.NOT_FOUND, f"no item has the id {item_id[:80]!r}; /v1/items/search finds titles")
+        return _item(served, index)
+
+    @api.get("/health", summary="Whether the process is up")
     async def health() -> schema.Health:
-        return schema.Health(status="ok", model=name)
+        return schema.Health(status="ok")
+
+    @api.get("/ready", summary="Whether recommenders answer", responses=_problems(503))
+    async def ready() -> schema.Ready:
+        try:
+            models.check()
+        except RuntimeError as error:
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error
+        return schema.Ready(status="ready", models=[served.name for served in models.served], failed=models.failed)
 
     @api.get("/v1/models", summary="What is served here")
-    async def models() -> schema.Models:
-        manifest = recommender.manifest
-        model = schema.Model(
-            name=name,
-            items=len(catalogue),
-            metrics=manifest.metrics,
-            search=manifest.search.model_dump(),
-            data_fingerprint=manifest.data_fingerprint,
-        )
-        return schema.Models(models=[model])
+    async def list_models() -> schema.Models:
+        return schema.Models(models=[_model(served) for served in models.served], failed=models.failed)
+
+    @api.get("/metrics", summary="For Prometheus", response_class=Response)
+    async def metrics() -> Response:
+        return Response(models.metrics.exposition(), media_type=MEDIA_TYPE)
 
     return api
 
 
-def _parse(model: type[schema.RecommendationRequest], content_type: str, body: bytes) -> schema.RecommendationRequest:
+class _Asking:
+    """From parsed requests to answers."""
+
+    def __init__(self, models: Models):
+        self.models = models
+        self.config = models.config
+        self.metrics = models.metrics
+        self._feedback = FeedbackLog(self.config.feedback_log) if self.config.feedback_log else None
+
+    def served(self, name: str | None, field: str = "model") -> Served:
+        """The model of this name.
+
+        Raises:
+            Problem: 503 when there is none at all, 422 for an unknown name.
+        """
+        served = self.models.get(name)
+        if served is not None:
+            return served
+        if not self.models.served:
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, "no model is loaded yet", headers={"retry-after": "5"})
+        known = ", ".join(served.name for served in self.models.served)
+        raise Problem.of_fields([FieldError(field=field, message=f"no model {str(name)[:80]!r}; there are: {known}")])
+
+    async def recommendations(
+        self, request: Request, asked: Sequence[schema.RecommendationRequest], prefixes: Sequence[str]
+    ) -> list[schema.RecommendationResponse]:
+        """The answers to requests, one after the other; each may ask a model of its own."""
+        started = time.perf_counter()
+        resolvers = [Resolver(self.served(a.model, f"{p}model"), p) for a, p in zip(asked, prefixes, strict=True)]
+        resolved = [resolver.query(each) for resolver, each in zip(resolvers, asked, strict=True)]
+        _refuse_faults(resolvers)
+        chosen = [resolver.served for resolver in resolvers]
+        self._note(request, chosen[0], requests=len(asked), history=[each.history for each in asked])
+        found = await self._answers(chosen, resolved)
+        took = round((time.perf_counter() - started) * 1e3, 2)
+        answers = []
+        for served, query, each in zip(chosen, resolved, found, strict=True):
+            fallback = not query.history
+            self.metrics.list(served.name, each, fallback)
+            answer = schema.RecommendationResponse(
+                items=_ranked(served, each.items, each.scores),
+                exact=each.exact,
+                complete=len(each.items) == query.k,
+                fallback=fallback,
+                ignored=query.ignored,
+                model=served.name,
+                latency_ms=took,
+            )
+            if self._feedback is not None:
+                ids = [item.item_id for item in answer.items]
+                self._feedback.write(request.scope["request_id"], served.name, ids, fallback)
+            answers.append(answer)
+        return answers
+
+    async def ranking(self, request: Request, asked: schema.RankRequest) -> schema.RankResponse:
+        """The candidates of a request, ordered; equal scores in the catalogue's order."""
+        started = time.perf_counter()
+        resolver = Resolver(self.served(asked.model))
+        query, served = resolver.rank_query(asked), resolver.served
+        _refuse_faults([resolver])
+        self._note(request, served, candidates=len(query.candidates), history=[asked.history])
+        [scores] = await self._answers([served], [query])
+        best = sorted(set(zip([-score for score in scores], query.candidates, strict=True)))
+        return schema.RankResponse(
+            items=_ranked(served, [item for _, item in best], [-score for score, _ in best]),
+            fallback=not query.history,
+            ignored=query.ignored,
+            model=served.name,
+            latency_ms=round((time.perf_counter() - started) * 1e3, 2),
+        )
+
+    async def _answers(self, chosen: Sequence[Served], asked: Sequence[queries.Query | queries.RankQuery]) -> list[Any]:
+        """Wait for the answers, or give up.
+
+        Raises:
+            Problem: 503 where there is no room, 504 when it took too long, 422 for what the recommender cannot answer.
+        """
+        futures: list[asyncio.Future[Any]] = []
+        try:
+            async with asyncio.timeout(self.config.timeout_seconds):
+                for served, query in zip(chosen, asked, strict=True):
+                    futures.append(served.batcher.submit(query))
+                return await asyncio.gather(*futures)
+        except Busy as busy:
+            self.metrics.refused("busy")
+            retry = {"retry-after": str(busy.retry_after)}
+            message = f"too many requests wait; try again in {busy.retry_after} s"
+            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, message, headers=retry) from None
+        except TimeoutError:
+            self.metrics.refused("timeout")
+            message = f"not answered within {self.config.timeout_seconds:g} s; ask for less, or again later"
+            raise Problem(HTTPStatus.GATEWAY_TIMEOUT, message) from None
+        except UserError as error:
+            raise Problem.of_fields([FieldError(field="history", message=str(error))]) from error
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _note(self, request: Request, served: Served, history: Sequence[Sequence[str]], **details: int) -> None:
+        noted = {"model": served.name, **details}
+        if self.config.log == "histories":
+            noted["histories"] = list(history)
+        request.scope["details"].update(noted)
+
+
+def _refuse_faults(resolvers: Sequence[Resolver]) -> None:
+    errors = [error for resolver in resolvers for error in resolver.errors]
+    if errors:
+        raise Problem.of_fields(errors)
+
+
+async def _parsed(model: type[Body], request: Request) -> Body:
     # Pydantic's own JSON parser bounds depth and number length; `json.loads` does not.
+    content_type = request.headers.get("content-type", "")
     if content_type.partition(";")[0].strip().lower() != "application/json":
         raise Problem(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"content-type {content_type[:100]!r}: send application/json instead"
         )
     try:
-        return model.model_validate_json(body)
+        return model.model_validate_json(await request.body())
     except ValidationError as error:
         raise Problem.of_validation(error) from error
 
 
-def resolve(asked: schema.RecommendationRequest, catalogue: Catalogue) -> Query:
-    """A request's ids and titles as item indices.
-
-    Raises:
-        Problem: 422, names each item that the catalogue does not hold.
-    """
-    unknown: list[FieldError] = []
-
-    def indices(field: str, texts: Sequence[str]) -> list[int]:
-        found = [catalogue.index_of(text) for text in texts]
-        for place, (text, index) in enumerate(zip(texts, found, strict=True)):
-            if index is None:
-                unknown.append(FieldError(field=f"{field}[{place}]", message=_unknown(text, catalogue)))
-        return [index for index in found if index is not None]
-
-    history = indices("history", asked.history)
-    exclude = set(indices("deny", asked.deny or []))
-    allow = None if asked.allow is None else set(indices("allow", asked.allow))
-    if unknown:
-        raise Problem.of_fields(unknown)
-    if asked.exclude_seen:
-        exclude.update(history)
-    return Query(history, asked.k, exclude, allow)
+def _ranked(served: Served, items: Sequence[int], scores: Sequence[float]) -> list[schema.RankedItem]:
+    ids, titles = served.catalogue.item_ids, served.catalogue.titles
+    return [
+        schema.RankedItem(rank=rank, item_id=ids[item], title=titles[item], score=score)
+        for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1)
+    ]
 
 
-def _unknown(text: str, catalogue: Catalogue) -> str:
-    message = f"unknown item {text[:80]!r}"
-    close = catalogue.similar_titles(text)
-    return message + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")
+def _item(served: Served, item: int) -> schema.Item:
+    catalogue = served.catalogue
+    row = {} if catalogue.columns is None else catalogue.columns.slice(item, 1).to_pylist()[0]
+    shown = {name: value for name, value in row.items() if not isinstance(value, bytes)}
+    return schema.Item(
+        item_id=catalogue.item_ids[item],
+        title=catalogue.titles[item],
+        columns={name: value for name, value in shown.items() if name not in ("item_id", "title")},
+        popularity=None if catalogue.popularity is None else int(catalogue.popularity[item]),
+    )
 
 
-def _json_body(model: type[schema.RecommendationRequest]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": model.model_json_schema()}}}}
+def _model(served: Served) -> schema.Model:
+    manifest = served.recommender.manifest
+    return schema.Model(
+        name=served.name,
+        bundle=manifest.name,
+        items=len(served.catalogue),
+        columns=sorted(served.columns),
+        fallback=served.popular is not None,
+        metrics=manifest.metrics,
+        search=manifest.search.model_dump(),
+        data_fingerprint=manifest.data_fingerprint,
+    )
+
+
+_SCHEMAS = "#/components/schemas/{model}"
+
+
+def _body(model: type[BaseModel]) -> dict[str, Any]:
+    shown = {"$ref": _SCHEMAS.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": shown}}}}
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -162,11 +304,19 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 class _Api(FastAPI):
-    """FastAPI documents every answer as application/json; problem documents have a media type of their own."""
+    """FastAPI documents every answer as application/json, where problem documents have a media type of their own, and
+    knows nothing of bodies that it does not parse.
+    """
+
+    requests: schema.Requests
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
-            operations = [op for path in super().openapi()["paths"].values() for op in path.values()]
+            document = super().openapi()
+            operations = [op for path in document["paths"].values() for op in path.values()]
             for response in (r for op in operations for status, r in op["responses"].items() if status >= "400"):
                 response["content"]["application/problem+json"] = response["content"].pop("application/json")
+            for model in self.requests:
+                shown = model.model_json_schema(ref_template=_SCHEMAS)
+                document["components"]["schemas"] |= shown.pop("$defs", {}) | {model.__name__: shown}
         return super().openapi()

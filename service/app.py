@@ -13,26 +13,33 @@ from typing import Any
 
 import ray
 from fastapi import FastAPI
-from pydantic import Field
+from pydantic import Field, ValidationError
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
 from recommender.bundle import read_manifest
 from recommender.config import StrictModel
 from recommender.errors import UserError
+from service.auth import read_tokens
 from service.config import ServingConfig
-
-# Held by a replica at a time, those that wait for a search included: enough for full batches, and /health gets through.
-MAX_ONGOING_REQUESTS = 1000
 
 _PROXY_PATIENCE = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
-class Arguments(StrictModel):
-    """What a Serve config file passes in `args`."""
+class UserConfig(StrictModel):
+    """What a Serve config file passes in the deployment's `user_config`; `serve deploy` with another is a hot swap."""
 
-    bundle: str = Field(description="Directory of the bundle; every node that runs a replica must see it there.")
+    models: dict[str, str] = Field(
+        min_length=1,
+        description="Directory of the bundle by the name that requests call it by, the default first; every node that "
+        "runs a replica must see them there.",
+    )
+
+
+class Arguments(StrictModel):
+    """What a Serve config file passes in `args`; a change of these starts new replicas."""
+
     serving: ServingConfig = Field(
         ServingConfig(), description="Limits and batching; host and port are Serve's own `http_options` there."
     )
@@ -40,24 +47,36 @@ class Arguments(StrictModel):
 
 @serve.ingress()
 class Endpoint:
-    """A replica: loads the bundle, answers one query as a self-check, then serves."""
+    """A replica: opens the bundles, lets each repeat its golden request, then serves."""
 
-    def __init__(self, bundle: str, serving: ServingConfig):
+    def __init__(self, serving: ServingConfig):
         from transformers.utils import logging as transformers_logging
 
-        from recommender.loading import load_recommender
+        from service.logs import to_stderr
+        from service.metrics import Metrics
+        from service.models import Models
 
         transformers_logging.disable_progress_bar()
-        self.serving = serving
-        self.recommender = load_recommender(
-            bundle, "cuda" if serving.gpus_per_replica else "cpu", search=serving.search
-        )
-        self.recommender.recommend([[0]], 1)
+        to_stderr(logging.ERROR if serving.log == "off" else logging.INFO)
+        self.models = Models(serving, Metrics())
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from service.api import create_api
 
-        return create_api(self.recommender, self.serving)
+        return create_api(self.models, answer_request_id=False)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve these bundles: at the start, and whenever the deployment's `user_config` changes."""
+        try:
+            bundles = UserConfig.model_validate(user_config).models
+        except ValidationError as error:  # raised, it would take the replica down
+            self.models.keep(f"user_config: {error}")
+        else:
+            await self.models.swap(bundles)
+
+    def check_health(self) -> None:
+        """Serve replaces a replica for which this raises."""
+        self.models.check()
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -67,18 +86,41 @@ def build(args: dict[str, Any]) -> serve.Application:
         args: the fields of `Arguments`.
 
     Raises:
-        UserError: the bundle is missing, damaged or of another version.
+        UserError: the tokens of the endpoint cannot be read.
     """
-    arguments = Arguments.model_validate(args)
-    bundle = Path(arguments.bundle).expanduser().absolute()
-    read_manifest(bundle)
-    serving = arguments.serving
+    return application(Arguments.model_validate(args).serving, None)
+
+
+def application(serving: ServingConfig, models: UserConfig | None) -> serve.Application:
+    """The Serve application.
+
+    Args:
+        serving: the endpoint.
+        models: what it serves; None: a Serve config file says.
+
+    Raises:
+        UserError: the tokens of the endpoint cannot be read.
+    """
+    read_tokens(serving)
+    options: dict[str, Any] = {"num_replicas": serving.replicas}
+    if serving.max_replicas is not None:
+        options["autoscaling_config"] = {
+            "min_replicas": serving.replicas,
+            "max_replicas": serving.max_replicas,
+            "target_ongoing_requests": serving.target_ongoing_requests,
+        }
+        options["num_replicas"] = None
+    # A replica refuses what it has no room for by itself, and there is always room for /health.
+    ongoing = serving.max_queue + 100
     deployment = serve.deployment(
-        num_replicas=serving.replicas,
-        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        **options,
+        max_ongoing_requests=ongoing,
+        max_queued_requests=ongoing,
+        graceful_shutdown_timeout_s=serving.drain_seconds,
+        user_config=None if models is None else models.model_dump(),
         ray_actor_options={"num_cpus": serving.threads, "num_gpus": serving.gpus_per_replica},
     )
-    return deployment(Endpoint).bind(str(bundle), serving)
+    return deployment(Endpoint).bind(serving)
 
 
 def run(bundle: str | Path, config: ServingConfig, blocking: bool) -> None:
@@ -93,7 +135,9 @@ def run(bundle: str | Path, config: ServingConfig, blocking: bool) -> None:
     Raises:
         UserError: the bundle cannot be served, the port is taken, or Serve runs on this cluster already.
     """
-    application = build({"bundle": str(bundle), "serving": config})
+    directory = Path(bundle).expanduser().absolute()
+    models = UserConfig(models={read_manifest(directory).name: str(directory)})
+    endpoint = application(config, models)
     _check_address(config)
     owns_ray = _connect()
     if serve.status().proxies:
@@ -105,7 +149,7 @@ def run(bundle: str | Path, config: ServingConfig, blocking: bool) -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _start(config)
-        _deploy(application, bundle)
+        _deploy(endpoint, bundle)
         print(_greeting(config), flush=True)
         while blocking:
             time.sleep(3600)

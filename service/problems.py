@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service import schema
 from service.schema import FieldError
@@ -20,16 +20,24 @@ class Problem(Exception):
     """A request that is refused.
 
     Args:
-        status: of the HTTP response, 4xx.
+        status: of the HTTP response, 4xx or 5xx.
         detail: what is wrong and what to do, for a person.
         errors: the faulty fields.
+        headers: of the HTTP response.
     """
 
-    def __init__(self, status: HTTPStatus, detail: str, errors: Sequence[FieldError] = ()):
+    def __init__(
+        self,
+        status: HTTPStatus,
+        detail: str,
+        errors: Sequence[FieldError] = (),
+        headers: Mapping[str, str] | None = None,
+    ):
         super().__init__(detail)
         self.status = status
         self.detail = detail
         self.errors = list(errors)
+        self.headers = headers
 
     @classmethod
     def of_fields(cls, errors: Sequence[FieldError]) -> Problem:
@@ -53,7 +61,7 @@ class Problem(Exception):
         document = schema.Problem(
             title=self.status.phrase, status=self.status, detail=self.detail, errors=self.errors
         ).model_dump_json()
-        return Response(document, self.status, media_type="application/problem+json")
+        return Response(document, self.status, self.headers, media_type="application/problem+json")
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -69,7 +77,7 @@ def _sentence(kind: str, message: str) -> str:
 
 
 def install(api: FastAPI) -> None:
-    """Answer every error of `api` with a problem document, its own 404, 405 and 500 included."""
+    """Answer refusals with problem documents, the framework's own 404 and 405 included."""
 
     def refuse(request: Request, error: Exception) -> Response:
         assert isinstance(error, Problem)
@@ -82,48 +90,11 @@ def install(api: FastAPI) -> None:
         response.headers.update(error.headers or {})
         return response
 
-    def fail(request: Request, error: Exception) -> Response:
-        return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, "the server failed; its log says why").response()
+    def refuse_parameters(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        faults = [FieldError(field=_path(e["loc"][1:]), message=_sentence(e["type"], e["msg"])) for e in error.errors()]
+        return Problem.of_fields(faults).response()
 
     api.add_exception_handler(Problem, refuse)
+    api.add_exception_handler(RequestValidationError, refuse_parameters)
     api.add_exception_handler(HTTPException, refuse_route)
-    api.add_exception_handler(Exception, fail)
-
-
-class BodyLimit:
-    """ASGI middleware that refuses bodies above a size: by what they declare, and by what really arrives."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self.app = app
-        self.max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on once its body is here and small enough."""
-        headers = dict(scope["headers"]) if scope["type"] == "http" else {}
-        if b"content-length" not in headers and b"transfer-encoding" not in headers:
-            return await self.app(scope, receive, send)  # there is no body
-        declared = headers.get(b"content-length", b"")[:20]
-        if declared.isdigit() and int(declared) > self.max_bytes:
-            return await self._refuse(scope, receive, send)
-        messages: list[Message] = []
-        size = 0
-        while not messages or messages[-1].get("more_body"):
-            messages.append(await receive())
-            if messages[-1]["type"] == "http.disconnect":
-                return None
-            size += len(messages[-1].get("body", b""))
-            if size > self.max_bytes:
-                return await self._refuse(scope, receive, send)
-
-        async def replay() -> Message:
-            return messages.pop(0) if messages else await receive()
-
-        await self.app(scope, replay, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = Problem(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-            f"the body is larger than {self.max_bytes} bytes; send fewer items",
-            [FieldError(field="body", message=f"larger than {self.max_bytes} bytes")],
-        )
-        await problem.response()(scope, receive, send)

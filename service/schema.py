@@ -2,59 +2,155 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Le, MaxLen
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PositiveInt, WithJsonSchema, create_model
+from pydantic_core import PydanticCustomError
 
 from service.config import ServingConfig
 
-EXAMPLE_REQUEST: dict[str, Any] = {"history": ["B0001", "Norvik Trail Tent, 2 persons"], "k": 2, "deny": ["B0007"]}
+
+def _scalar(value: object) -> object:
+    if not isinstance(value, str | int | float):
+        raise PydanticCustomError("scalar", "input should be a text, a number, true or false")
+    return value
+
+
+# One error for what a union of the four would report four times.
+_OF_COLUMN = {"type": ["string", "number", "boolean"]}
+Value = Annotated[str | bool | int | float, PlainValidator(_scalar), WithJsonSchema(_OF_COLUMN)]
+
+EXAMPLE_REQUEST: dict[str, Any] = {
+    "history": ["B0001", "Norvik Trail Tent, 2 persons"],
+    "k": 2,
+    "deny": ["B0007"],
+    "where": {"category": ["Stoves", "Sleeping bags"]},
+    "max_per": {"category": 1},
+}
+EXAMPLE_ITEMS: list[dict[str, Any]] = [
+    {"rank": 1, "item_id": "B0042", "title": "Norvik Sleeping Bag, down", "score": -2.31},
+    {"rank": 2, "item_id": "B0003", "title": "Norvik Camping Stove", "score": -2.87},
+]
 EXAMPLE_ANSWER: dict[str, Any] = {
-    "items": [
-        {"rank": 1, "item_id": "B0042", "title": "Norvik Sleeping Bag, down", "score": -2.31},
-        {"rank": 2, "item_id": "B0003", "title": "Norvik Camping Stove", "score": -2.87},
-    ],
+    "items": EXAMPLE_ITEMS,
     "exact": True,
     "complete": True,
+    "fallback": False,
+    "ignored": [],
     "model": "demo",
     "latency_ms": 41.7,
 }
+EXAMPLE_RANK_REQUEST: dict[str, Any] = {"history": ["B0001"], "candidates": ["B0003", "B0042"]}
+EXAMPLE_ITEM: dict[str, Any] = {
+    "item_id": "B0003",
+    "title": "Norvik Camping Stove",
+    "columns": {"category": "Stoves", "price": 39.5},
+    "popularity": 118,
+}
 
 
-class RecommendationRequest(BaseModel):
-    """Whom to recommend to, and what may be recommended. An item is named by its id or its title (case ignored)."""
+def _request(example: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [example]})
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE_REQUEST]})
 
-    history: list[str] = Field(min_length=1, description="The user's items, oldest first: ids or titles.")
+def _answer(example: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [example]})
+
+
+# ---- Requests --------------------------------------------------------------------------------------------------------
+
+
+class HistoryRequest(BaseModel):
+    """For whom. An item is named by its id or its title (case ignored)."""
+
+    history: list[str] = Field(
+        description="The user's items, oldest first: ids or titles. Without a known item, the most popular answer."
+    )
+    unknown_items: Literal["error", "ignore"] = Field(
+        "error", description="What items of the history that the catalogue does not hold are: a mistake, or skipped."
+    )
+    model: str | None = Field(None, description="Name of the model that is to answer; default: the first.")
+
+
+class SearchRequest(BaseModel):
+    """How hard to look, in place of the model's own settings. Collaborative models score every item anyway."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    mode: Literal["exact", "beam"] | None = Field(None, description="exact: until the top-K is proven; beam: faster.")
+    width: int | None = Field(None, ge=1, description="Nodes expanded a forward pass; of a beam, nodes kept.")
+    node_budget: int | None = Field(None, ge=1, description="exact: nodes expanded at most.")
+
+
+class RecommendationRequest(HistoryRequest):
+    """Whom to recommend to, and what may be recommended."""
+
+    model_config = _request(EXAMPLE_REQUEST)
+
     k: int = Field(10, ge=1, description="How many items to recommend.")
     exclude_seen: bool = Field(True, description="Leave out the items of the history.")
     allow: list[str] | None = Field(None, description="If given, only these items are recommended.")
     deny: list[str] | None = Field(None, description="These items are not recommended.")
-
-
-def limited_request(config: ServingConfig) -> type[RecommendationRequest]:
-    """RecommendationRequest with this endpoint's limits, so that the OpenAPI document and the checks are one."""
-    limits = {
-        "history": MaxLen(config.max_history),
-        "k": Le(config.max_k),
-        "allow": MaxLen(config.max_filter),
-        "deny": MaxLen(config.max_filter),
-    }
-    fields = RecommendationRequest.model_fields
-    limited: dict[str, Any] = {
-        name: (Annotated[fields[name].annotation, limit], fields[name]) for name, limit in limits.items()
-    }
-    return create_model(
-        RecommendationRequest.__name__,
-        __base__=RecommendationRequest,
-        __doc__=RecommendationRequest.__doc__,
-        **limited,
+    where: dict[str, list[Value]] = Field(
+        default={}, description="For columns of the catalogue, the values of which an item must have one."
     )
+    max_per: dict[str, PositiveInt] = Field(
+        default={}, description="For columns of the catalogue, how many items of one value the list may hold."
+    )
+    search: SearchRequest | None = Field(None, description="How hard to look; default: the model's settings.")
 
 
-class RecommendedItem(BaseModel):
+class BatchRequest(BaseModel):
+    """Several requests at once; they are answered all or, if one is faulty, none."""
+
+    model_config = _request({"requests": [{"history": ["B0001"], "k": 2}, {"history": ["B0003", "B0042"]}]})
+
+    requests: list[RecommendationRequest] = Field(min_length=1, description="Each as to /v1/recommendations.")
+
+
+class RankRequest(HistoryRequest):
+    """For whom, and what is to be ranked."""
+
+    model_config = _request(EXAMPLE_RANK_REQUEST)
+
+    candidates: list[str] = Field(min_length=1, description="The items to rank: ids or titles.")
+
+
+class Requests(NamedTuple):
+    """The request models with an endpoint's limits, so that its OpenAPI document and its checks are one."""
+
+    recommend: type[RecommendationRequest]
+    batch: type[BatchRequest]
+    rank: type[RankRequest]
+
+
+def limited_requests(config: ServingConfig) -> Requests:
+    """The request models with the limits of `config`."""
+    search = _limited(SearchRequest, {"width": Le(config.max_width), "node_budget": Le(config.max_node_budget)})
+    history, items = MaxLen(config.max_history), MaxLen(config.max_filter)
+    recommend = _limited(
+        RecommendationRequest,
+        {"history": history, "k": Le(config.max_k), "allow": items, "deny": items},
+        where=dict[str, Annotated[list[Value], items]],
+        search=search | None,
+    )
+    batch = _limited(BatchRequest, {}, requests=Annotated[list[recommend], MaxLen(config.max_requests)])  # type: ignore[valid-type]
+    rank = _limited(RankRequest, {"history": history, "candidates": MaxLen(config.max_candidates)})
+    return Requests(recommend, batch, rank)
+
+
+def _limited(model: Any, limits: dict[str, Any], **types: Any) -> Any:
+    fields = model.model_fields
+    types |= {name: Annotated[fields[name].annotation, limit] for name, limit in limits.items()}
+    changed: dict[str, Any] = {name: (kind, fields[name]) for name, kind in types.items()}
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **changed)
+
+
+# ---- Answers ---------------------------------------------------------------------------------------------------------
+
+
+class RankedItem(BaseModel):
     """One place of the list."""
 
     rank: int = Field(description="1 is the best.")
@@ -63,39 +159,90 @@ class RecommendedItem(BaseModel):
     score: float = Field(description="Sum of log-probabilities along the item's title; comparable within one list.")
 
 
-class RecommendationResponse(BaseModel):
-    """The top-K."""
+class RankResponse(BaseModel):
+    """The candidates, ordered."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE_ANSWER]})
+    model_config = _answer(
+        {"items": EXAMPLE_ITEMS, "fallback": False, "ignored": [], "model": "demo", "latency_ms": 18.2}
+    )
 
-    items: list[RecommendedItem] = Field(description="Best first.")
-    exact: bool = Field(description="Whether this is proven to be the true top-K of what may be recommended.")
-    complete: bool = Field(description="False when there are fewer than k items, because the filters leave no more.")
-    model: str = Field(description="Name of the recommender that answered.")
+    items: list[RankedItem] = Field(description="Best first.")
+    fallback: bool = Field(description="Whether the history held no known item, so that popularity ranks.")
+    ignored: list[str] = Field(description="Items of the history that the catalogue does not hold.")
+    model: str = Field(description="Name of the model that answered.")
     latency_ms: float = Field(description="Milliseconds in the recommender, waiting for its batch included.")
 
 
+class RecommendationResponse(RankResponse):
+    """The top-K."""
+
+    model_config = _answer(EXAMPLE_ANSWER)
+
+    exact: bool = Field(description="Whether this is proven to be the true top-K of what may be recommended.")
+    complete: bool = Field(description="False when there are fewer than k items: filters and caps leave no more.")
+
+
+class BatchResponse(BaseModel):
+    """The answers, in the order of the requests."""
+
+    model_config = _answer({"answers": [EXAMPLE_ANSWER]})
+
+    answers: list[RecommendationResponse]
+
+
+class Item(BaseModel):
+    """An item of the catalogue."""
+
+    model_config = _answer(EXAMPLE_ITEM)
+
+    item_id: str
+    title: str
+    columns: dict[str, Any] = Field(description="Its other columns.")
+    popularity: int | None = Field(description="Its training interactions; null where the bundle does not know.")
+
+
+class Items(BaseModel):
+    """Items of the catalogue that match."""
+
+    model_config = _answer({"items": [EXAMPLE_ITEM]})
+
+    items: list[Item] = Field(description="Those whose titles open with the query first.")
+
+
 class Health(BaseModel):
-    """The endpoint is up and its recommender is loaded."""
+    """The process is up."""
 
     status: str = Field(examples=["ok"])
-    model: str
+
+
+class Ready(BaseModel):
+    """Which models answer."""
+
+    model_config = _answer({"status": "ready", "models": ["demo"], "failed": None})
+
+    status: str
+    models: list[str]
+    failed: str | None = Field(description="Why the latest change of models was not carried out; null if it was.")
 
 
 class Model(BaseModel):
     """A recommender that is served."""
 
-    name: str
-    items: int = Field(description="Size of the catalogue.")
+    name: str = Field(examples=["demo"])
+    bundle: str = Field(description="Name that the bundle was exported under.", examples=["demo"])
+    items: int = Field(description="Size of the catalogue.", examples=[5000])
+    columns: list[str] = Field(description="Columns of the catalogue that requests may filter by.")
+    fallback: bool = Field(description="Whether a history without known items is answered, by popularity.")
     metrics: dict[str, float] = Field(description="On the validation split, when it was selected.")
     search: dict[str, Any] = Field(description="How the top-K is found.")
     data_fingerprint: str = Field(description="Of the data set it was trained on.")
 
 
 class Models(BaseModel):
-    """Everything served here."""
+    """Everything served here; the first is the default."""
 
     models: list[Model]
+    failed: str | None = Field(description="Why the latest change of models was not carried out; null if it was.")
 
 
 class FieldError(BaseModel):

@@ -142,7 +142,7 @@ def export_collaborative(run: Experiment, dataset: Dataset, trained: Trained) ->
         data_fingerprint=dataset.fingerprint,
         metrics={name: float(trained.metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")},
     )
-    catalogue = Catalogue(dataset.item_ids, dataset.titles, dataset.items_table)
+    catalogue = Catalogue(dataset.item_ids, dataset.titles, dataset.items_table, dataset.popularity())
     bundle = run.run_dir / "bundle"
     CollaborativeRecommender(catalogue, model, manifest).save(bundle)
     (run.run_dir / "training.json").write_text(json.dumps(trained.history, indent=2))

@@ -103,13 +103,15 @@ def export(
     with best.as_directory() as directory:
         checkpoint.read_weights(Path(directory), backbone.model, prefix="model.")
         objective.state = checkpoint.read_state(Path(directory))["state"].get("objective", {})
+    dataset = Dataset.load(prepared / "dataset")
+    space.catalogue.popularity = dataset.popularity()
     manifest = Manifest(
         name=experiment.name,
         search=experiment.search,
         temperature=objective.temperature,
         backbone=experiment.backbone.model_dump(mode="json"),
         objective=experiment.objective.model_dump(mode="json"),
-        data_fingerprint=Dataset.load(prepared / "dataset").fingerprint,
+        data_fingerprint=dataset.fingerprint,
         metrics={name: float(metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")},
     )
     bundle = experiment.run_dir / "bundle"

@@ -27,7 +27,9 @@ from recommender.collaborative.config import (
 from recommender.collaborative.gru4rec import GRU4Rec
 from recommender.collaborative.model import CollaborativeModel
 from recommender.collaborative.sasrec import SASRec
+from recommender.config import SearchConfig
 from recommender.errors import UserError
+from recommender.golden import record
 from recommender.recommendation import Recommendation, allowed_items
 
 _CONFIG: TypeAdapter[CollaborativeConfig] = TypeAdapter(CollaborativeConfig)
@@ -104,7 +106,7 @@ class CollaborativeRecommender:
             (aside / CONFIG).write_text(self.model.config.model_dump_json(indent=2))
             save_file(self.model.state_dict(), aside / WEIGHTS)
 
-        write_bundle(Path(directory), self.manifest, write_files)
+        write_bundle(Path(directory), self.manifest.model_copy(update={"golden": record(self)}), write_files)
 
     @torch.inference_mode()
     def recommend(
@@ -113,6 +115,7 @@ class CollaborativeRecommender:
         k: int | Sequence[int] = 10,
         exclude: Sequence[Collection[int]] | None = None,
         allow: Sequence[Collection[int] | None] | None = None,
+        search: SearchConfig | None = None,
     ) -> list[Recommendation]:
         """The top-K items for each history, by log-probability over all items; filters never change a score.
 
@@ -121,14 +124,31 @@ class CollaborativeRecommender:
             k: how many items, for all or for each.
             exclude: items that may not be recommended, for each history.
             allow: if not None, the only items that may be, for each history.
+            search: of no effect: every item is scored.
         """
-        scores = self.model.scores(self.model.embed([np.asarray(history, np.int64) for history in histories]))
-        scores = scores.log_softmax(1)
+        scores = self._scores(histories)
         allowed = allowed_items(len(histories), len(self.catalogue), exclude, allow)
         if allowed is not None:
             scores = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
         wanted = [k] * len(histories) if isinstance(k, int) else list(k)
         return [_best(row, wanted[number]) for number, row in enumerate(scores)]
+
+    @torch.inference_mode()
+    def rank(
+        self, histories: Sequence[Sequence[int] | np.ndarray], candidates: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """The scores of given candidates, as `recommend` would give them.
+
+        Args:
+            histories: as in `recommend`.
+            candidates: item indices, for each history.
+        """
+        return [row[list(items)].tolist() for row, items in zip(self._scores(histories), candidates, strict=True)]
+
+    def _scores(self, histories: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
+        """Log-probabilities [histories, items]."""
+        embedded = self.model.embed([np.asarray(history, np.int64) for history in histories])
+        return self.model.scores(embedded).log_softmax(1)
 
 
 def _best(scores: Tensor, k: int) -> Recommendation:

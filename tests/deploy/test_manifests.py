@@ -14,7 +14,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from deploy.jobs import check_paths
-from service.app import Arguments
+from service.app import Arguments, UserConfig
 from trainer.experiment import Experiment
 from tune.space import check_sweep
 
@@ -97,6 +97,9 @@ def test_the_endpoint_is_that_of_the_serve_config() -> None:
     ours = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
     for config in (theirs, ours):
         ServeDeploySchema.model_validate(config)
-        Arguments.model_validate(config["applications"][0]["args"])
-        config["applications"][0]["args"] = config["http_options"]["host"] = None
+        [application] = config["applications"]
+        Arguments.model_validate(application["args"])
+        [deployment] = application["deployments"]
+        UserConfig.model_validate(deployment["user_config"])
+        application["args"] = deployment["user_config"] = config["http_options"]["host"] = None
     assert theirs == ours

@@ -33,6 +33,8 @@ from recommender.loading import load_recommender
 from recommender.recommender import Recommender, merge_adapter, starting_point
 from service.api import create_api
 from service.config import ServingConfig
+from service.metrics import Metrics
+from service.models import Models
 
 ITEMS, ROOM = 30, 8
 SHAPE = {"dim": 16, "max_length": ROOM}
@@ -295,7 +297,9 @@ def test_a_damaged_bundle_is_refused(bundle: Path) -> None:
 
 def test_the_endpoint_serves_it(bundle: Path) -> None:
     recommender = load_recommender(bundle)
-    with TestClient(create_api(recommender, ServingConfig())) as client:
+    models = Models(ServingConfig(), Metrics())
+    models.replace({"cf": recommender})
+    with TestClient(create_api(models)) as client:
         answer = client.post("/v1/recommendations", json={"history": ["i3", "Title 20"], "k": 4}).json()
         [model] = client.get("/v1/models").json()["models"]
     expected = recommender.recommend([[3, 20]], 4, [{3, 20}])[0]

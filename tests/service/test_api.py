@@ -8,18 +8,24 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 from httpx import Response
 
 from recommender.bundle import Manifest
 from recommender.catalogue import Catalogue
+from recommender.config import SearchConfig
 from recommender.errors import UserError
 from recommender.recommender import Recommendation
 from service.api import create_api
 from service.config import ServingConfig
+from service.metrics import Metrics
+from service.models import Models
 
 ITEMS = 30
 URL = "/v1/recommendations"
@@ -30,9 +36,18 @@ class StandIn:
 
     def __init__(self) -> None:
         titles = [f"Trail Tent {i}" for i in range(ITEMS - 1)] + ["Gas Stove"]
-        self.catalogue = Catalogue([f"B{i:02}" for i in range(ITEMS)], titles)
+        columns = pa.table(
+            {
+                "kind": ["tent"] * (ITEMS - 1) + ["stove"],
+                "decade": [i // 10 for i in range(ITEMS)],
+                "tags": [["even"] if i % 2 == 0 else ["odd", "rare"] if i % 5 == 0 else None for i in range(ITEMS)],
+            }
+        )
+        popularity = np.array([i % 7 for i in range(ITEMS)])
+        self.catalogue = Catalogue([f"B{i:02}" for i in range(ITEMS)], titles, columns, popularity)
         self.manifest = Manifest(name="stand-in", metrics={"NDCG@10": 0.5}, data_fingerprint="f00")
         self.batches: list[int] = []
+        self.searches: list[SearchConfig | None] = []
         self.gate = threading.Event()
         self.gate.set()
 
@@ -42,9 +57,11 @@ class StandIn:
         k: Sequence[int],
         exclude: Sequence[Collection[int]],
         allow: Sequence[Collection[int] | None],
+        search: SearchConfig | None = None,
     ) -> list[Recommendation]:
         self.gate.wait(10)
         self.batches.append(len(histories))
+        self.searches.append(search)
         if any(13 in history for history in histories):
             raise UserError("this history is unlucky")
         if any(14 in history for history in histories):
@@ -56,16 +73,38 @@ class StandIn:
             answers.append(Recommendation(items, [-float(abs(i - history[-1])) for i in items], True, 1))
         return answers
 
+    def rank(self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[list[float]]:
+        return [[-float(abs(i - h[-1])) for i in items] for h, items in zip(histories, candidates, strict=True)]
+
 
 @pytest.fixture
 def recommender() -> StandIn:
     return StandIn()
 
 
+CONFIG: dict[str, Any] = {
+    "max_k": 20,
+    "max_history": 8,
+    "max_filter": 6,
+    "max_body_bytes": 2048,
+    "max_batch_size": 8,
+    "max_requests": 4,
+    "max_candidates": 10,
+    "max_width": 50,
+}
+
+
+@contextmanager
+def serving(recommenders: dict[str, Any], **settings: Any) -> Iterator[TestClient]:
+    models = Models(ServingConfig.model_validate(CONFIG | settings), Metrics())
+    models.replace(recommenders)
+    with TestClient(create_api(models), raise_server_exceptions=False) as client:
+        yield client
+
+
 @pytest.fixture
 def client(recommender: StandIn) -> Iterator[TestClient]:
-    config = ServingConfig(max_k=20, max_history=8, max_filter=6, max_body_bytes=2048, max_batch_size=8)
-    with TestClient(create_api(recommender, config), raise_server_exceptions=False) as client:  # type: ignore[arg-type]
+    with serving({"stand-in": recommender}) as client:
         yield client
 
 
@@ -85,6 +124,8 @@ def test_answer(client: TestClient) -> None:
         ],
         "exact": True,
         "complete": True,
+        "fallback": False,
+        "ignored": [],
         "model": "stand-in",
     }
 
@@ -110,7 +151,6 @@ def test_filters(client: TestClient) -> None:
     ("body", "field", "says"),
     [
         ({}, "history", "required"),
-        ({"history": []}, "history", "at least 1"),
         ({"history": None}, "history", "array"),
         ({"history": "B01"}, "history", "array"),
         ({"history": {"B01": 1}}, "history", "array"),
@@ -137,13 +177,24 @@ def test_filters(client: TestClient) -> None:
         ({"history": ["B01"], "deny": ["B02"] * 7}, "deny", "at most 6"),
         ({"history": ["B01"], "K": 5}, "K", "unknown field"),
         ({"history": ["B13"]}, "history", "unlucky"),
+        ({"history": ["B01"], "model": "other"}, "model", "no model 'other'; there are: stand-in"),
+        ({"history": ["B01"], "unknown_items": "maybe"}, "unknown_items", "'error' or 'ignore'"),
+        ({"history": ["B01"], "where": {"colour": ["red"]}}, "where.colour", "columns .* by: decade, kind, tags"),
+        ({"history": ["B01"], "where": {"kind": "tent"}}, "where.kind", "array"),
+        ({"history": ["B01"], "where": {"kind": ["tent"] * 7}}, "where.kind", "at most 6"),
+        ({"history": ["B01"], "where": {"kind": ["tent", None]}}, "where.kind[1]", "a text, a number, true or false"),
+        ({"history": ["B01"], "max_per": {"colour": 1}}, "max_per.colour", "unknown column"),
+        ({"history": ["B01"], "max_per": {"kind": 0}}, "max_per.kind", "greater than 0"),
+        ({"history": ["B01"], "search": {"width": 51}}, "search.width", "less than or equal to 50"),
+        ({"history": ["B01"], "search": {"mode": "fast"}}, "search.mode", "'exact' or 'beam'"),
+        ({"history": ["B01"], "search": {"score": "full"}}, "search.score", "unknown field"),
     ],
 )
 def test_faulty_fields_are_named(client: TestClient, body: dict[str, Any], field: str, says: str) -> None:
     response = client.post(URL, content=json.dumps(body), headers={"content-type": "application/json"})
     problem = refused(response, 422)
     assert [error["field"] for error in problem["errors"]] == [field]
-    assert says in problem["errors"][0]["message"]
+    assert re.search(says, problem["errors"][0]["message"])
     assert field in problem["detail"]
 
 
@@ -237,7 +288,7 @@ def test_requests_that_wait_are_searched_together_and_health_stays_free(
         unlucky = threads.submit(client.post, URL, json={"history": ["B13"]})
         others = [threads.submit(client.post, URL, json={"history": [f"B{i:02}"], "k": i}) for i in range(1, 12)]
         started = time.monotonic()
-        assert client.get("/health").json() == {"status": "ok", "model": "stand-in"}
+        assert client.get("/health").json() == {"status": "ok"}
         assert time.monotonic() - started < 1
         time.sleep(0.2)
         recommender.gate.set()
@@ -253,7 +304,10 @@ def test_requests_that_wait_are_searched_together_and_health_stays_free(
 
 
 def test_models(client: TestClient) -> None:
-    [model] = client.get("/v1/models").json()["models"]
+    answer = client.get("/v1/models").json()
+    [model] = answer["models"]
+    assert answer["failed"] is None
+    assert (model["columns"], model["fallback"]) == (["decade", "kind", "tags"], True)
     assert model["name"] == "stand-in"
     assert model["items"] == ITEMS
     assert model["metrics"] == {"NDCG@10": 0.5}
@@ -263,7 +317,9 @@ def test_models(client: TestClient) -> None:
 def test_openapi_shows_the_limits_and_the_problems(client: TestClient) -> None:
     document = client.get("/openapi.json").json()
     post = document["paths"][URL]["post"]
-    request = post["requestBody"]["content"]["application/json"]["schema"]
+    schemas = document["components"]["schemas"]
+    assert post["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("/RecommendationRequest")
+    request = schemas["RecommendationRequest"]
     assert request["required"] == ["history"]
     assert request["additionalProperties"] is False
     assert request["properties"]["history"]["maxItems"] == 8
@@ -276,10 +332,15 @@ def test_openapi_shows_the_limits_and_the_problems(client: TestClient) -> None:
         "type": "integer",
     }
     assert all("description" in field for field in request["properties"].values())
-    for status in ("400", "413", "415", "422"):
+    assert schemas["BatchRequest"]["properties"]["requests"]["maxItems"] == 4
+    assert schemas["RankRequest"]["properties"]["candidates"]["maxItems"] == 10
+    for status in ("400", "413", "415", "422", "503", "504"):
         assert list(post["responses"][status]["content"]) == ["application/problem+json"]
     for reference in re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)):
-        assert reference in document["components"]["schemas"]
+        assert reference in schemas
     example = request["examples"][0]
     assert refused(client.post(URL, json=example), 422)["errors"][0]["message"].startswith("unknown item")
+    assert all(
+        "examples" in schemas[name] for name in ("BatchRequest", "RankRequest", "RankResponse", "Items", "Ready")
+    )
     assert client.get("/docs").status_code == 200

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,10 @@ import yaml
 from recommender.bundle import MANIFEST
 from recommender.errors import UserError
 from recommender.recommender import Recommender
-from service.app import Arguments, _reason, build, run
+from service.app import Arguments, Endpoint, UserConfig, _reason, build, run
 from service.config import ServingConfig
+
+SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 
 
 def free_port() -> int:
@@ -66,6 +70,17 @@ def test_it_answers_as_the_recommender_does(url: str, tiny_bundle: Path) -> None
         assert [item["score"] for item in answer["items"]] == pytest.approx(expected.scores, abs=1e-4)
         assert answer["exact"] == expected.exact
         assert answer["model"] == recommender.manifest.name
+    items = list(range(len(catalogue)))[:100]
+    ranked = post(f"{url}/v1/rank", {"history": [catalogue.item_ids[3]], "candidates": catalogue.item_ids[:100]})[1]
+    [scores] = recommender.rank([[3]], [items])
+    found = {item["item_id"]: item["score"] for item in ranked["items"]}
+    assert [found[catalogue.item_ids[i]] for i in items] == pytest.approx(scores, abs=1e-4)
+
+
+def test_request_ids_pass_the_proxy_once(url: str) -> None:
+    request = urllib.request.Request(f"{url}/ready", headers={"X-Request-ID": "mine-1"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert response.headers.get_all("x-request-id") == ["mine-1"]
 
 
 def test_bad_requests_are_refused_through_the_proxy(url: str, tiny_bundle: Path) -> None:
@@ -86,6 +101,68 @@ def test_a_second_serve_on_the_cluster_is_refused(url: str, tiny_bundle: Path) -
         assert json.load(response)["status"] == "ok"
 
 
+def test_bundles_are_swapped_without_a_failed_request(url: str, tiny_bundle: Path, tmp_path: Path) -> None:
+    """`serve deploy` with other bundles, while clients ask; then with one that fails its golden request."""
+    second = shutil.copytree(tiny_bundle, tmp_path / "second")
+    wrong = shutil.copytree(tiny_bundle, tmp_path / "wrong")
+    manifest = json.loads((wrong / MANIFEST).read_text())
+    manifest["golden"]["items"].reverse()
+    (wrong / MANIFEST).write_text(json.dumps(manifest))
+    known = Recommender.load(tiny_bundle).catalogue.item_ids[0]
+    stop = threading.Event()
+
+    def served_by() -> list[str]:
+        return [model["name"] for model in get(f"{url}/v1/models")["models"]]
+
+    def ask() -> list[tuple[int, str]]:
+        answers = []
+        while not stop.is_set():
+            status, answer = post(f"{url}/v1/recommendations", {"history": [known], "k": 3})
+            answers.append((status, answer.get("model", str(answer))))
+        return answers
+
+    deploy({"first": str(tiny_bundle)})
+    until(lambda: served_by() == ["first"])
+    with ThreadPoolExecutor(3) as clients:
+        asking = [clients.submit(ask) for _ in range(3)]
+        deploy({"second": str(second), "first": str(tiny_bundle)})
+        until(lambda: served_by() == ["second", "first"])
+        assert get(f"{url}/ready")["failed"] is None
+        deploy({"wrong": str(wrong)})
+        until(lambda: "golden request" in str(get(f"{url}/ready")["failed"]))
+        deploy({})
+        until(lambda: "at least 1 item" in str(get(f"{url}/v1/models")["failed"]))
+        stop.set()
+        answers = [answer for each in asking for answer in each.result()]
+    assert {status for status, _ in answers} == {200}
+    assert {model for _, model in answers} == {"first", "second"}
+    assert served_by() == ["second", "first"]
+
+
+def deploy(models: dict[str, str]) -> None:
+    """What `serve deploy` does with deploy/serve.yaml, once Ray's dashboard has handed it on."""
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    values = yaml.safe_load(SERVE_YAML.read_text())
+    values["applications"][0]["deployments"][0]["user_config"]["models"] = models
+    values["applications"][0]["name"] = "default"
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(values))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def get(url: str) -> dict[str, Any]:
+    with urllib.request.urlopen(url, timeout=60) as response:
+        answer: dict[str, Any] = json.load(response)
+        return answer
+
+
 def test_bundles_that_cannot_be_served_are_refused_before_serve_starts(tmp_path: Path, tiny_bundle: Path) -> None:
     with pytest.raises(UserError, match="not a bundle"):
         run(tmp_path / "nothing", ServingConfig(), blocking=False)
@@ -93,10 +170,12 @@ def test_bundles_that_cannot_be_served_are_refused_before_serve_starts(tmp_path:
     with (damaged / "model.safetensors").open("ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match=r"model\.safetensors: differs from its checksum"):
-        build({"bundle": str(damaged)})
+        run(damaged, ServingConfig(), blocking=False)
     (damaged / MANIFEST).write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        build({"bundle": str(damaged)})
+        run(damaged, ServingConfig(), blocking=False)
+    with pytest.raises(UserError, match=r"token_file: .*nowhere cannot be read"):
+        build({"serving": {"token_file": str(tmp_path / "nowhere")}})
 
 
 def test_what_a_replica_raised_is_reported() -> None:
@@ -109,8 +188,10 @@ def test_what_a_replica_raised_is_reported() -> None:
 def test_the_serve_config_file_fits() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    path = Path(__file__).parents[2] / "deploy" / "serve.yaml"
-    deployed = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
+    deployed = ServeDeploySchema.model_validate(yaml.safe_load(SERVE_YAML.read_text()))
     [application] = deployed.applications
     assert application.import_path == f"{build.__module__}:{build.__name__}"
     Arguments.model_validate(application.args)
+    [deployment] = application.deployments
+    assert deployment.name == Endpoint.__name__
+    UserConfig.model_validate(deployment.user_config)

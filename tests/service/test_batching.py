@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from service.batching import Batcher
+from service.batching import Batcher, Busy, SearchThread
 
 
 class Squares:
@@ -27,11 +27,11 @@ class Squares:
 
 async def submit_while_busy(
     batcher: Batcher[int, int], squares: Squares, queries: list[int]
-) -> list[asyncio.Task[int]]:
+) -> list[asyncio.Future[int]]:
     """Occupy the thread with 100, queue `queries` behind it."""
-    tasks = [asyncio.create_task(batcher.submit(100))]
+    tasks = [batcher.submit(100)]
     await asyncio.sleep(0.05)
-    tasks += [asyncio.create_task(batcher.submit(query)) for query in queries]
+    tasks += [batcher.submit(query) for query in queries]
     await asyncio.sleep(0.05)
     return tasks
 
@@ -39,11 +39,10 @@ async def submit_while_busy(
 def test_what_waits_is_answered_together_in_order() -> None:
     async def main() -> None:
         squares = Squares()
-        batcher = Batcher(squares, max_size=4)
-        async with batcher.running():
-            tasks = await submit_while_busy(batcher, squares, [1, 2, 3, 4, 5, 6])
-            squares.gate.set()
-            assert await asyncio.gather(*tasks) == [10_000, 1, 4, 9, 16, 25, 36]
+        batcher = Batcher(squares, SearchThread(), max_size=4)
+        tasks = await submit_while_busy(batcher, squares, [1, 2, 3, 4, 5, 6])
+        squares.gate.set()
+        assert await asyncio.gather(*tasks) == [10_000, 1, 4, 9, 16, 25, 36]
         assert squares.batches == [[100], [1, 2, 3, 4], [5, 6]]
 
     asyncio.run(main())
@@ -52,14 +51,13 @@ def test_what_waits_is_answered_together_in_order() -> None:
 def test_a_failing_query_fails_alone() -> None:
     async def main() -> None:
         squares = Squares()
-        batcher = Batcher(squares, max_size=8)
-        async with batcher.running():
-            tasks = await submit_while_busy(batcher, squares, [1, 0, 3])
-            squares.gate.set()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-            assert [results[i] for i in (0, 1, 3)] == [10_000, 1, 9]
-            assert isinstance(results[2], ValueError)
-            assert await batcher.submit(5) == 25
+        batcher = Batcher(squares, SearchThread(), max_size=8)
+        tasks = await submit_while_busy(batcher, squares, [1, 0, 3])
+        squares.gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [results[i] for i in (0, 1, 3)] == [10_000, 1, 9]
+        assert isinstance(results[2], ValueError)
+        assert await batcher.submit(5) == 25
 
     asyncio.run(main())
 
@@ -67,15 +65,14 @@ def test_a_failing_query_fails_alone() -> None:
 def test_a_query_whose_client_left_is_not_computed() -> None:
     async def main() -> None:
         squares = Squares()
-        batcher = Batcher(squares, max_size=8)
-        async with batcher.running():
-            tasks = await submit_while_busy(batcher, squares, [1, 2, 3])
-            tasks[0].cancel()  # this one is being computed
-            tasks[2].cancel()
-            squares.gate.set()
-            assert await asyncio.gather(tasks[1], tasks[3]) == [1, 9]
-            with pytest.raises(asyncio.CancelledError):
-                await tasks[2]
+        batcher = Batcher(squares, SearchThread(), max_size=8)
+        tasks = await submit_while_busy(batcher, squares, [1, 2, 3])
+        tasks[0].cancel()  # this one is being computed
+        tasks[2].cancel()
+        squares.gate.set()
+        assert await asyncio.gather(tasks[1], tasks[3]) == [1, 9]
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[2]
         assert squares.batches == [[100], [1, 3]]
 
     asyncio.run(main())
@@ -85,13 +82,52 @@ def test_waiting_for_company_lets_a_burst_become_one_batch() -> None:
     async def main(wait_seconds: float) -> list[list[int]]:
         squares = Squares()
         squares.gate.set()
-        batcher = Batcher(squares, max_size=3, wait_seconds=wait_seconds)
-        async with batcher.running():
-            first = asyncio.create_task(batcher.submit(1))
-            await asyncio.sleep(0.05)
-            second = asyncio.create_task(batcher.submit(2))
-            assert await asyncio.gather(first, second) == [1, 4]
+        batcher = Batcher(squares, SearchThread(), max_size=3, wait_seconds=wait_seconds)
+        first = batcher.submit(1)
+        await asyncio.sleep(0.05)
+        second = batcher.submit(2)
+        assert await asyncio.gather(first, second) == [1, 4]
         return squares.batches
 
     assert asyncio.run(main(wait_seconds=0.3)) == [[1, 2]]
     assert asyncio.run(main(wait_seconds=0.0)) == [[1], [2]]
+
+
+def test_a_full_queue_refuses_and_a_departed_query_makes_room() -> None:
+    async def main() -> None:
+        squares = Squares()
+        batcher = Batcher(squares, SearchThread(), max_size=8, max_open=3)
+        tasks = await submit_while_busy(batcher, squares, [1, 2])
+        with pytest.raises(Busy) as refused:
+            batcher.submit(3)
+        assert refused.value.retry_after >= 1
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        third = batcher.submit(3)
+        squares.gate.set()
+        assert await asyncio.gather(tasks[0], tasks[2], third) == [10_000, 4, 9]
+        assert await batcher.submit(4) == 16
+        assert squares.batches == [[100], [2, 3], [4]]
+
+    asyncio.run(main())
+
+
+def test_batchers_share_a_thread() -> None:
+    async def main() -> None:
+        squares, others = Squares(), Squares()
+        others.gate.set()
+        observed: list[int] = []
+        thread = SearchThread()
+        batcher = Batcher(squares, thread, max_size=8)
+        other = Batcher(others, thread, max_size=8, observe=lambda waits, seconds: observed.append(len(waits)))
+        busy = batcher.submit(5)
+        await asyncio.sleep(0.05)
+        waiting = [other.submit(1)]
+        await asyncio.sleep(0.05)
+        waiting.append(other.submit(2))  # its batch is only put together when the thread is free
+        assert thread.busy_seconds > 0
+        squares.gate.set()
+        assert await asyncio.gather(busy, *waiting) == [25, 1, 4]
+        assert (others.batches, observed, thread.busy_seconds) == ([[1, 2]], [2], 0.0)
+
+    asyncio.run(main())

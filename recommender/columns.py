@@ -1,0 +1,88 @@
+"""The catalogue's columns turned round: from a value to the items that have it, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recommender.catalogue import Catalogue
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. An item has one value, several (a column of lists), or none.
+
+    Attributes:
+        codes: the number of each value.
+        by_value: int64 [entries]; items, value after value, of which `value_starts` [values + 1] are the borders.
+        by_item: int32 [entries]; numbers of values, item after item, with the borders `item_starts` [items + 1].
+    """
+
+    codes: dict[Value, int]
+    by_value: np.ndarray
+    value_starts: np.ndarray
+    by_item: np.ndarray
+    item_starts: np.ndarray
+
+    def items_with(self, value: Value) -> np.ndarray:
+        """int64, the items that have a value; none where no item has it."""
+        code = self.codes.get(value)
+        return self.by_value[:0] if code is None else self.items_of(code)
+
+    def items_of(self, code: int) -> np.ndarray:
+        """int64, the items that have the value of this number."""
+        return self.by_value[self.value_starts[code] : self.value_starts[code + 1]]
+
+    def codes_of(self, item: int) -> list[int]:
+        """The numbers of an item's values."""
+        return self.by_item[self.item_starts[item] : self.item_starts[item + 1]].tolist()
+
+
+def columns_of(catalogue: Catalogue) -> dict[str, Column]:
+    """The columns that can be filtered by: text, numbers, truth values, dates (as ISO text), and lists of these."""
+    return dict(_columns(catalogue)) if catalogue.columns is not None else {}
+
+
+def _columns(catalogue: Catalogue) -> Iterator[tuple[str, Column]]:
+    assert catalogue.columns is not None
+    for name in catalogue.columns.column_names:
+        if name not in ("item_id", "title") and (column := _column(catalogue.columns[name])) is not None:
+            yield name, column
+
+
+def _column(chunked: pa.ChunkedArray) -> Column | None:
+    array = chunked.combine_chunks()
+    items = len(array)
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    owner = np.arange(items)
+    if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
+        owner, array = pc.list_parent_indices(array).to_numpy(zero_copy_only=False), pc.list_flatten(array)
+    if pa.types.is_temporal(array.type):
+        array = array.cast(pa.string())
+    kind = array.type
+    if not (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_boolean(kind)
+    ):
+        return None
+    encoded = array.dictionary_encode()
+    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    owner, codes = owner[codes >= 0].astype(np.int64), codes[codes >= 0].astype(np.int32)
+    order = np.argsort(codes, kind="stable")
+    return Column(
+        codes={value: code for code, value in enumerate(encoded.dictionary.to_pylist())},
+        by_value=owner[order],
+        value_starts=np.searchsorted(codes[order], np.arange(len(encoded.dictionary) + 1)),
+        by_item=codes,
+        item_starts=np.searchsorted(owner, np.arange(items + 1)),
+    )

@@ -1,0 +1,87 @@
+"""Scores of given candidates: one prompt tree a history, in which every candidate is a branch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from recommender.ragged import ragged
+from recommender.search import log_softmax_within
+from recommender.tree import Sample, build_row, collate
+
+if TYPE_CHECKING:
+    from recommender.search import TreeSearch
+    from recommender.trie import RadixTrie
+
+
+class CandidateScorer:
+    """The search's score of single items, without the search.
+
+    Args:
+        search: gives backbone, score and temperature.
+        trie: the one that is searched, on the CPU.
+    """
+
+    def __init__(self, search: TreeSearch, trie: RadixTrie):
+        self._search = search
+        self._trie = trie
+        self._tokens, self._offsets = trie.identifiers()
+        self._nodes = trie.prediction_nodes()
+
+    @torch.inference_mode()
+    def score(self, prompt: np.ndarray, candidates: Sequence[int]) -> np.ndarray:
+        """The scores of `candidates` after `prompt`, from one forward pass: float32, in the candidates' order.
+
+        Args:
+            prompt: int32 [t].
+            candidates: item indices, at least one; repeated ones are computed once.
+        """
+        items, place = np.unique(np.asarray(candidates), return_inverse=True)
+        backbone, device = self._search.backbone, self._search.backbone.device
+        batch = collate([build_row([self._sample(prompt, item) for item in items])], backbone.padding).to(device)
+        hidden = backbone.hidden(batch.input_ids, batch.attention_mask(), batch.position_ids).flatten(0, 1)
+        source, predictor = torch.unique(batch.source, return_inverse=True)
+        steps = self._valid if self._search.config.score == "valid" else self._full
+        scores = torch.zeros(len(items), device=device, dtype=torch.float64)
+        scores.index_add_(0, batch.sample, steps(hidden[source], predictor, batch.target, batch.nodes).double())
+        found = scores.float().cpu().numpy()
+        if np.isnan(found).any():
+            raise FloatingPointError("the backbone returned NaN logits")
+        return found[place]
+
+    def _sample(self, prompt: np.ndarray, item: int) -> Sample:
+        """A candidate's branch. What is forced after its last choice adds 0 to the `valid` score and is left out."""
+        begin, end = self._offsets[item], self._offsets[item + 1]
+        if self._search.config.score == "valid":
+            choices = np.flatnonzero(self._nodes[begin:end] >= 0)
+            end = begin + (choices[-1] + 1 if len(choices) else 1)
+        return Sample(prompt, self._tokens[begin:end], self._nodes[begin:end])
+
+    def _full(
+        self, hidden: torch.Tensor, predictor: torch.Tensor, target: torch.Tensor, nodes: torch.Tensor
+    ) -> torch.Tensor:
+        logits, norms = self._search.logits(hidden, predictor, target, normalise=True)
+        return logits - norms[predictor]
+
+    def _valid(
+        self, hidden: torch.Tensor, predictor: torch.Tensor, target: torch.Tensor, nodes: torch.Tensor
+    ) -> torch.Tensor:
+        """Log-probabilities [E] of targets among the children of their nodes; 0 where a target is forced."""
+        trie = self._search.trie
+        node_of = nodes.new_zeros(len(hidden)).scatter(0, predictor, nodes)  # a place in the tree is one trie node
+        choosing = node_of >= 0
+        counts = torch.where(choosing, trie.child_count[node_of.clamp(min=0)], 0)
+        owner, nth = ragged(counts)
+        if not len(owner):  # one candidate in all the catalogue: nothing is ever chosen
+            return torch.zeros(len(nodes), device=nodes.device)
+        child = trie.first_child[node_of[owner]] + nth
+        logits, _ = self._search.logits(hidden, owner, trie.first_token[child], normalise=False)
+        used = torch.cumsum(choosing, 0) - 1  # groups without elements are no groups
+        steps = log_softmax_within(logits, counts[choosing], used[owner])
+        chosen = self._trie.child_of(nodes.cpu().numpy(), target.cpu().numpy())
+        at = torch.from_numpy(chosen).to(nodes.device) - trie.first_child[nodes.clamp(min=0)]
+        begin = (counts.cumsum(0) - counts)[predictor]
+        return torch.where(nodes >= 0, steps[(begin + at).clamp(0, len(steps) - 1)], 0.0)

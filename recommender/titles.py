@@ -1,0 +1,67 @@
+"""Search among the catalogue's titles, for a person who types: by how they begin, and by their words."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections import defaultdict
+from itertools import islice
+
+import numpy as np
+
+from recommender.catalogue import Catalogue, normalise_title
+
+_WORD = re.compile(r"\w+")
+_MOST_COMPLETIONS = 1000  # words that the one being typed may grow into
+
+
+class TitleSearch:
+    """An inverted index of the words of all titles, beside the catalogue's trie of whole titles.
+
+    Args:
+        catalogue: whose titles are searched.
+    """
+
+    def __init__(self, catalogue: Catalogue):
+        self.catalogue = catalogue
+        items_of: dict[str, list[int]] = defaultdict(list)
+        for item, title in enumerate(catalogue.titles):
+            for word in set(_WORD.findall(title.casefold())):
+                items_of[word].append(item)
+        self._words = sorted(items_of)
+        self._items = [np.array(items_of[word], np.int32) for word in self._words]
+
+    def search(self, text: str, limit: int) -> list[int]:
+        """Items titled so, those whose titles open so, those with all the words, the last may be unfinished."""
+        folded = normalise_title(text).casefold()
+        if not folded:
+            return []
+        index = self.catalogue.title_index
+        opened = [item for _, (item,) in islice(index.iteritems(folded), limit)]
+        found = dict.fromkeys([item for (item,) in index.get(folded, [])] + opened)
+        if len(found) < limit:
+            found |= dict.fromkeys(self._holding(_WORD.findall(folded)).tolist())
+        return list(found)[:limit]
+
+    def _holding(self, words: list[str]) -> np.ndarray:
+        """int32, rising: the items whose titles hold every word, the last of them completed."""
+        if not words:
+            return np.empty(0, np.int32)
+        items = self._completed(words[-1])
+        for word in words[:-1]:
+            at = bisect_left(self._words, word)
+            if at == len(self._words) or self._words[at] != word:
+                return items[:0]
+            items = np.intersect1d(items, self._items[at], assume_unique=True)
+        return items
+
+    def _completed(self, prefix: str) -> np.ndarray:
+        at = bisect_left(self._words, prefix)
+        grown: list[np.ndarray] = []
+        for word, items in zip(
+            islice(self._words, at, at + _MOST_COMPLETIONS), islice(self._items, at, None), strict=False
+        ):
+            if not word.startswith(prefix):
+                break
+            grown.append(items)
+        return np.unique(np.concatenate(grown)) if grown else np.empty(0, np.int32)

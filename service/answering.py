@@ -1,0 +1,105 @@
+"""What the search thread does with a batch of queries."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from recommender.recommendation import Recommendation
+from service.queries import Query, RankQuery
+
+if TYPE_CHECKING:
+    from service.models import Served
+
+_MOST_ROUNDS = 10  # searches for one list under caps
+
+
+def answer(served: Served, queries: Sequence[Query | RankQuery]) -> list[Recommendation | list[float]]:
+    """Answer queries: a Query with a Recommendation, a RankQuery with its candidates' scores."""
+    lists = {place: CappedList(served, q) for place, q in enumerate(queries) if isinstance(q, Query)}
+    unfinished = list(lists.values())
+    for _ in range(_MOST_ROUNDS):
+        for each, found in zip(unfinished, _recommend(served, unfinished), strict=True):
+            each.add(found)
+        unfinished = [each for each in unfinished if not each.complete]
+        if not unfinished:
+            break
+    return [lists[place].answer() if isinstance(q, Query) else _rank(served, q) for place, q in enumerate(queries)]
+
+
+class CappedList:
+    """A list that grows, best item first, until it is full, while no value of a capped column comes too often.
+
+    What the caps leave is found by searching again without the values that have come often enough: filters prune
+    inside the search, so that the list is exact if every search was.
+    """
+
+    def __init__(self, served: Served, query: Query):
+        self.query = query
+        self.exclude = query.exclude
+        self.complete = False
+        self._columns = [(served.columns[name], cap, Counter[int]()) for name, cap in query.caps.items()]
+        self._items: list[int] = []
+        self._scores: list[float] = []
+        self._exact = True
+        self._expansions = self._prompt_tokens = 0
+
+    @property
+    def missing(self) -> int:
+        """Items that are still wanted."""
+        return self.query.k - len(self._items)
+
+    def add(self, found: Recommendation) -> None:
+        """Take in what was found for `missing` items without those in `exclude`."""
+        asked = self.missing
+        out = [self.exclude, np.array(found.items, np.int64)]
+        for item, score in zip(found.items, found.scores, strict=True):
+            values = [
+                (column, cap, seen, code) for column, cap, seen in self._columns for code in column.codes_of(item)
+            ]
+            if any(seen[code] >= cap for _, cap, seen, code in values):
+                continue
+            self._items.append(item)
+            self._scores.append(score)
+            for column, cap, seen, code in values:
+                seen[code] += 1
+                if seen[code] == cap:
+                    out.append(column.items_of(code))
+        self.exclude = np.concatenate(out)
+        self.complete = not self.missing or len(found.items) < asked
+        self._exact = self._exact and found.exact
+        self._expansions += found.expansions
+        self._prompt_tokens += found.prompt_tokens
+
+    def answer(self) -> Recommendation:
+        """The list as it is."""
+        exact = self._exact and self.complete
+        return Recommendation(self._items, self._scores, exact, self._expansions, self._prompt_tokens)
+
+
+def _recommend(served: Served, lists: Sequence[CappedList]) -> list[Recommendation]:
+    """One search for each list: together, as far as the fallback and the limits of the search are the same."""
+    found: dict[int, Recommendation] = {}
+    groups: dict[tuple[bool, object], list[CappedList]] = {}
+    for each in lists:
+        groups.setdefault((not each.query.history, each.query.search), []).append(each)
+    for (fallback, _), group in groups.items():
+        k, exclude, allow = [g.missing for g in group], [g.exclude for g in group], [g.query.allow for g in group]
+        if fallback:
+            assert served.popular is not None
+            answers = served.popular.recommend(k, exclude, allow)
+        else:
+            histories = [g.query.history for g in group]
+            answers = served.recommender.recommend(histories, k, exclude, allow, group[0].query.search)
+        found |= zip(map(id, group), answers, strict=True)
+    return [found[id(each)] for each in lists]
+
+
+def _rank(served: Served, query: RankQuery) -> list[float]:
+    if query.history:
+        return served.recommender.rank([query.history], [query.candidates])[0]
+    assert served.popular is not None
+    return served.popular.rank(query.candidates)

@@ -1,0 +1,147 @@
+"""What a replica serves: recommenders by name, and how they are replaced while requests come in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from recommender import golden
+from recommender.catalogue import Catalogue
+from recommender.columns import columns_of
+from recommender.errors import UserError
+from recommender.loading import load_recommender
+from recommender.popularity import MostPopular
+from recommender.recommendation import AnyRecommender
+from recommender.titles import TitleSearch
+from service.answering import answer
+from service.batching import Batcher, SearchThread
+from service.config import ServingConfig
+from service.logs import logger
+from service.metrics import Metrics
+from service.queries import Query, RankQuery
+
+
+class Served:
+    """A recommender with what requests need around it: indices of its catalogue, its fallback, its queue.
+
+    Args:
+        name: that requests call it by.
+        recommender: has passed its self-check.
+        config: the endpoint's.
+        thread: that the replica's recommenders share.
+        metrics: told of its batches.
+    """
+
+    def __init__(
+        self, name: str, recommender: AnyRecommender, config: ServingConfig, thread: SearchThread, metrics: Metrics
+    ):
+        self.name = name
+        self.recommender = recommender
+        self.catalogue: Catalogue = recommender.catalogue
+        self.columns = columns_of(self.catalogue)
+        self.titles = TitleSearch(self.catalogue)
+        self.popular = None
+        if config.fallback == "popular" and self.catalogue.popularity is not None:
+            self.popular = MostPopular(self.catalogue.popularity)
+        self.batcher: Batcher[Query | RankQuery, Any] = Batcher(
+            lambda queries: answer(self, queries),
+            thread,
+            config.max_batch_size,
+            config.batch_wait_seconds,
+            config.max_queue,
+            lambda waits, seconds: metrics.batch(name, waits, seconds),
+        )
+
+
+class Models:
+    """The recommenders of a replica; the first is the default.
+
+    Args:
+        config: the endpoint.
+        metrics: of the replica.
+
+    Attributes:
+        failed: why the latest bundles could not replace what is served; None after a swap that went well.
+    """
+
+    def __init__(self, config: ServingConfig, metrics: Metrics):
+        self.config = config
+        self.metrics = metrics
+        self.failed: str | None = None
+        self._thread = SearchThread(config.threads)
+        self._swapping = asyncio.Lock()
+        self._served: dict[str, Served] = {}
+
+    @property
+    def served(self) -> list[Served]:
+        """All of them, the default first."""
+        return list(self._served.values())
+
+    def get(self, name: str | None) -> Served | None:
+        """A model by name, or the default; None when there is none."""
+        return next(iter(self._served.values()), None) if name is None else self._served.get(name)
+
+    def replace(self, recommenders: Mapping[str, AnyRecommender]) -> None:
+        """Serve these, open already, from now on; requests under way end with the recommender that they began with."""
+        self._served = {name: self._around(name, recommender) for name, recommender in recommenders.items()}
+
+    async def swap(self, bundles: Mapping[str, str]) -> None:
+        """Open bundles beside what is served, let each repeat its golden request, then replace all at once.
+
+        Raises:
+            UserError: one of them cannot be served, and nothing is served yet. Later on the reason goes to `failed`,
+                and what was served stays.
+        """
+        async with self._swapping:
+            try:
+                loaded = await asyncio.to_thread(self._open, bundles)
+            except UserError as error:
+                self.keep(str(error))
+            else:
+                self._served, self.failed = loaded, None
+                self.metrics.swap(len(loaded), failed=False)
+
+    def keep(self, reason: str) -> None:
+        """Go on with what is served, because of what is wrong with that which was to come.
+
+        Raises:
+            UserError: the reason, where nothing is served yet.
+        """
+        self.metrics.swap(len(self._served), failed=True)
+        if not self._served:
+            raise UserError(reason)
+        self.failed = reason
+        logger.error(json.dumps({"models": "kept", "failed": reason}))
+
+    def check(self) -> None:
+        """Whether the replica is worth keeping.
+
+        Raises:
+            RuntimeError: it has no model, or a batch hangs.
+        """
+        if not self._served:
+            raise RuntimeError(
+                "no model is loaded; name bundles in the deployment's user_config: {models: {name: path}}"
+            )
+        if self._thread.busy_seconds > max(60.0, 10 * self.config.timeout_seconds):
+            raise RuntimeError(f"a batch has been computed for {self._thread.busy_seconds:.0f} s")
+
+    def _open(self, bundles: Mapping[str, str]) -> dict[str, Served]:
+        return {name: self._opened(name, Path(path).expanduser()) for name, path in bundles.items()}
+
+    def _opened(self, name: str, path: Path) -> Served:
+        try:
+            device = "cuda" if self.config.gpus_per_replica else "cpu"
+            recommender = load_recommender(path, device, search=self.config.search)
+            golden.check(recommender)
+            return self._around(name, recommender)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a library says of a bundle, the replica lives on
+            raise UserError(f"{path}: cannot be served: {type(error).__name__}: {error}") from error
+
+    def _around(self, name: str, recommender: AnyRecommender) -> Served:
+        return Served(name, recommender, self.config, self._thread, self.metrics)

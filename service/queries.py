@@ -1,0 +1,154 @@
+"""Requests in item indices, checked against the model that is to answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from recommender.catalogue import Catalogue
+from recommender.columns import Column
+from recommender.config import SearchConfig
+from service import schema
+from service.schema import FieldError
+
+if TYPE_CHECKING:
+    from service.models import Served
+
+_FEW = 20  # columns that an error lists
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """What to recommend.
+
+    Attributes:
+        history: empty where the fallback answers.
+        exclude: int64; items that may not be recommended.
+        allow: int64; if not None, the only items that may be.
+        caps: by column, how many items of one value.
+        search: the limits of the search, or None: the model's own.
+        ignored: unknown items of the history.
+    """
+
+    history: list[int]
+    k: int
+    exclude: np.ndarray
+    allow: np.ndarray | None = None
+    caps: dict[str, int] = field(default_factory=dict)
+    search: SearchConfig | None = None
+    ignored: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class RankQuery:
+    """What to rank; as `Query`."""
+
+    history: list[int]
+    candidates: list[int]
+    ignored: list[str]
+
+
+class Resolver:
+    """Turns what a request names into indices, and gathers what is wrong with it.
+
+    Args:
+        served: the model that is asked.
+        prefix: of the names of faulty fields, e.g. "requests[2].".
+
+    Attributes:
+        errors: what is wrong so far; queries are only to be used while there is nothing.
+    """
+
+    def __init__(self, served: Served, prefix: str = ""):
+        self.served = served
+        self.errors: list[FieldError] = []
+        self._prefix = prefix
+
+    def query(self, asked: schema.RecommendationRequest) -> Query:
+        """A request for recommendations."""
+        history, ignored = self._history(asked)
+        exclude = self._indices("deny", asked.deny or [])
+        allow = None if asked.allow is None else self._indices("allow", asked.allow)
+        if asked.exclude_seen:
+            exclude = history + exclude
+        for column in asked.max_per:
+            self._column("max_per", column)
+        return Query(
+            history,
+            asked.k,
+            np.array(exclude, np.int64),
+            self._where(asked.where, allow),
+            asked.max_per,
+            self._search(asked.search),
+            ignored,
+        )
+
+    def rank_query(self, asked: schema.RankRequest) -> RankQuery:
+        """A request for an order of candidates."""
+        history, ignored = self._history(asked)
+        return RankQuery(history, self._indices("candidates", asked.candidates), ignored)
+
+    def _wrong(self, field: str, message: str) -> None:
+        self.errors.append(FieldError(field=self._prefix + field, message=message))
+
+    def _history(self, asked: schema.HistoryRequest) -> tuple[list[int], list[str]]:
+        catalogue = self.served.catalogue
+        ignored = []
+        if asked.unknown_items == "ignore":
+            found = [(text, catalogue.index_of(text)) for text in asked.history]
+            ignored = [text for text, index in found if index is None]
+            history = [index for _, index in found if index is not None]
+        else:
+            history = self._indices("history", asked.history)
+        nothing = len(asked.history) == len(ignored)
+        if nothing and self.served.popular is None:
+            self._wrong(
+                "history",
+                "holds no known item, and there is no fallback (serving.fallback is none, or the bundle was exported "
+                "without popularity); name at least 1 item of the catalogue",
+            )
+        return history, ignored
+
+    def _indices(self, field: str, texts: Sequence[str]) -> list[int]:
+        found = []
+        for place, text in enumerate(texts):
+            index = self.served.catalogue.index_of(text)
+            if index is None:
+                self._wrong(f"{field}[{place}]", _unknown(text, self.served.catalogue))
+            else:
+                found.append(index)
+        return found
+
+    def _column(self, field: str, name: str) -> Column | None:
+        columns = self.served.columns
+        if name not in columns:
+            known = ", ".join(sorted(columns)[:_FEW]) or "none"
+            self._wrong(f"{field}.{name[:80]}", f"unknown column; columns of the catalogue to filter by: {known}")
+        return columns.get(name)
+
+    def _where(self, where: dict[str, list[schema.Value]], allow: list[int] | None) -> np.ndarray | None:
+        """int64, the items that have one of the values in every column and are among `allow`; None: all may be."""
+        if not where:
+            return None if allow is None else np.array(allow, np.int64)
+        mask = np.ones(len(self.served.catalogue), bool)
+        for name, values in where.items():
+            if (column := self._column("where", name)) is not None:
+                having = np.zeros_like(mask)
+                for value in values:
+                    having[column.items_with(value)] = True
+                mask &= having
+        return np.flatnonzero(mask) if allow is None else np.array([item for item in allow if mask[item]], np.int64)
+
+    def _search(self, asked: schema.SearchRequest | None) -> SearchConfig | None:
+        if asked is None:
+            return None
+        return self.served.recommender.manifest.search.model_copy(update=asked.model_dump(exclude_none=True))
+
+
+def _unknown(text: str, catalogue: Catalogue) -> str:
+    message = f"unknown item {text[:80]!r}"
+    close = catalogue.similar_titles(text)
+    return message + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")

@@ -1,0 +1,244 @@
+"""Tokens, back-pressure, clients that leave, metrics, logs, self-checks and swaps, without Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from recommender.bundle import MANIFEST
+from recommender.errors import UserError
+from service.api import create_api
+from service.auth import read_tokens
+from service.config import ServingConfig
+from service.metrics import Metrics
+from service.models import Models
+from tests.service.test_api import URL, StandIn, ids, refused, serving
+
+ASKED: dict[str, Any] = {"history": ["B10"], "k": 1}
+
+
+# ---- Tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_only_known_tokens_may_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokens").write_text("first-secret\n\nsecond-secret\n")
+    monkeypatch.setenv("MORE_TOKENS", "third-secret")
+    settings = {"token_file": str(tmp_path / "tokens"), "token_variable": "MORE_TOKENS"}
+    with serving({"a": StandIn()}, **settings) as client:
+        for token in ("first-secret", "second-secret", "third-secret"):
+            assert client.post(URL, json=ASKED, headers={"authorization": f"Bearer {token}"}).status_code == 200
+        for header in ("", "Bearer", "Bearer ", "Bearer first", "Basic first-secret", "first-secret", "Bearer é"):
+            response = client.post(URL, json=ASKED, headers={"authorization": header.encode()})
+            assert response.headers["www-authenticate"] == "Bearer"
+            assert "secret" not in refused(response, 401)["detail"]
+        refused(client.post(URL, json=ASKED), 401)
+        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/v1/items/B01", "/nowhere"):
+            refused(client.get(path), 401)
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+
+
+def test_a_source_without_tokens_opens_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").write_text(" \n")
+    for settings, says in [
+        ({"token_file": str(tmp_path / "empty")}, "empty holds no token"),
+        ({"token_file": str(tmp_path / "absent")}, "absent cannot be read"),
+        ({"token_variable": "ILREC_NO_SUCH_VARIABLE"}, "ILREC_NO_SUCH_VARIABLE holds no token"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            create_api(Models(ServingConfig.model_validate(settings), Metrics()))
+    assert read_tokens(ServingConfig()) == []
+
+
+# ---- Back-pressure ---------------------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back() -> None:
+    recommender = StandIn()
+    recommender.gate.clear()
+    with serving({"a": recommender}, max_queue=4) as client, ThreadPoolExecutor(4) as threads:
+        waiting = [threads.submit(client.post, URL, json=ASKED) for _ in range(4)]
+        time.sleep(0.3)
+        started = time.monotonic()
+        response = client.post(URL, json=ASKED)
+        assert time.monotonic() - started < 2
+        assert int(response.headers["retry-after"]) >= 1
+        assert "too many requests" in refused(response, 503)["detail"]
+        recommender.gate.set()
+        assert [each.result().status_code for each in waiting] == [200] * 4
+        assert client.post(URL, json=ASKED).status_code == 200
+        assert 'ilrec_refused_total{reason="busy"' in client.get("/metrics").text
+
+
+def test_what_takes_too_long_is_given_up() -> None:
+    recommender = StandIn()
+    recommender.gate.clear()
+    with serving({"a": recommender}, timeout_seconds=0.2) as client:
+        assert "within 0.2 s" in refused(client.post(URL, json=ASKED), 504)["detail"]
+        refused(client.post(URL, json=ASKED), 504)  # waits behind the first, and is never computed
+        recommender.gate.set()
+        assert ids(client.post(URL, json=ASKED | {"k": 2})) == ["B09", "B11"]
+        assert recommender.batches == [1, 1]
+
+
+def test_limits_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ValidationError, match=r"max_queue \(8\) must hold a batch of max_requests \(32\)"):
+        ServingConfig(max_queue=8)
+    with pytest.raises(ValidationError, match=r"max_replicas \(1\) is less than replicas \(2\)"):
+        ServingConfig(replicas=2, max_replicas=1)
+
+
+def test_a_client_that_leaves_frees_its_place() -> None:
+    async def main() -> None:
+        recommender = StandIn()
+        recommender.gate.clear()
+        models = Models(ServingConfig(max_queue=32), Metrics())
+        models.replace({"a": recommender})  # type: ignore[dict-item]
+        api = create_api(models)
+        body = json.dumps(ASKED).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        scope = {"type": "http", "method": "POST", "path": URL, "headers": headers, "query_string": b""}
+        leave = asyncio.Event()
+        sent: list[Any] = []
+
+        async def request(leaves: bool) -> None:
+            messages = [{"type": "http.request", "body": body}]
+
+            async def receive() -> Any:
+                if messages:
+                    return messages.pop()
+                await (leave if leaves else asyncio.Event()).wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            await api(dict(scope), receive, send)
+
+        stays = asyncio.create_task(request(leaves=False))
+        await asyncio.sleep(0.1)
+        others = [asyncio.create_task(request(leaves=True)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        leave.set()
+        await asyncio.gather(*others)  # although nothing was answered
+        assert not sent
+        recommender.gate.set()
+        await stays
+        assert recommender.batches == [1]
+        assert [message["status"] for message in sent if "status" in message] == [200]
+        assert 'status="499"' in models.metrics.exposition().decode()
+
+    asyncio.run(main())
+
+
+# ---- What can be seen ------------------------------------------------------------------------------------------------
+
+
+def test_metrics_tell_what_was_asked_and_answered() -> None:
+    with serving({"a": StandIn()}) as client:
+        client.post(URL, json=ASKED)
+        client.post(URL, json=ASKED | {"history": []})
+        client.post(URL, json={})
+        client.get("/v1/items/B01")
+        client.get("/nowhere")
+        text = client.get("/metrics").text
+    for line in (
+        f'ilrec_requests_total{{replica=R,route="{URL}",status="200"}} 2.0',
+        f'ilrec_requests_total{{replica=R,route="{URL}",status="422"}} 1.0',
+        'ilrec_requests_total{replica=R,route="/v1/items/{item_id:path}",status="200"} 1.0',
+        'ilrec_requests_total{replica=R,route="unknown",status="404"} 1.0',
+        'ilrec_lists_total{exact="true",fallback="false",model="a",replica=R} 1.0',
+        'ilrec_lists_total{exact="true",fallback="true",model="a",replica=R} 1.0',
+        'ilrec_batch_size_count{model="a",replica=R} 2.0',
+        'ilrec_expansions_sum{model="a",replica=R} 1.0',
+    ):
+        assert line in [without_replica(each) for each in text.splitlines()], text
+
+
+def without_replica(line: str) -> str:
+    head, mark, rest = line.partition('replica="')
+    return head + (f"replica=R{rest.partition(chr(34))[2]}" if mark else "")
+
+
+def test_requests_have_ids_and_histories_stay_out_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ilrec.requests")
+    logging.getLogger("ilrec.requests").propagate = True
+    with serving({"a": StandIn()}) as client:
+        given = client.post(URL, json=ASKED, headers={"x-request-id": "shop-7"})
+        made = client.post(URL, json=ASKED, headers={"x-request-id": "new\tline"})
+        crashed = client.post(URL, json={"history": ["B14"]}, headers={"x-request-id": "shop-8"})
+    assert given.headers["x-request-id"] == "shop-7"
+    assert len(made.headers["x-request-id"]) == 32
+    assert "shop-8" in refused(crashed, 500)["detail"]
+    first, second, third = (json.loads(record.getMessage()) for record in caplog.records)
+    assert (first["request_id"], first["route"], first["status"], first["model"]) == ("shop-7", URL, 200, "a")
+    assert "B10" not in json.dumps([first, second])
+    assert (third["status"], caplog.records[2].levelname) == (500, "ERROR")
+    assert "secret of the house" in third["traceback"]
+    caplog.clear()
+    with serving({"a": StandIn()}, log="histories") as client:
+        client.post(URL, json=ASKED)
+    assert json.loads(caplog.records[0].getMessage())["histories"] == [["B10"]]
+
+
+def test_what_was_served_is_written_down_if_asked(tmp_path: Path) -> None:
+    with serving({"a": StandIn()}, feedback_log=str(tmp_path / "served")) as client:
+        client.post(URL, json=ASKED, headers={"x-request-id": "shop-7"})
+        client.post(f"{URL}/batch", json={"requests": [ASKED, {"history": []}]})
+        client.post(URL, json={})
+    [file] = (tmp_path / "served").iterdir()
+    first, second, third = (json.loads(line) for line in file.read_text().splitlines())
+    assert (first["request_id"], first["model"], first["items"], first["fallback"]) == ("shop-7", "a", ["B09"], False)
+    assert second["request_id"] == third["request_id"]
+    assert third["fallback"] is True
+
+
+# ---- Bundles ---------------------------------------------------------------------------------------------------------
+
+
+def test_bundles_replace_each_other_whole_or_not_at_all(tiny_bundle: Path, tmp_path: Path) -> None:
+    wrong = shutil.copytree(tiny_bundle, tmp_path / "wrong")
+    manifest = json.loads((wrong / MANIFEST).read_text())
+    manifest["golden"]["scores"][0] -= 1
+    (wrong / MANIFEST).write_text(json.dumps(manifest))
+    models = Models(ServingConfig(), Metrics())
+
+    def names() -> list[str]:
+        return [served.name for served in models.served]
+
+    with pytest.raises(RuntimeError, match="no model is loaded"):
+        models.check()
+    with pytest.raises(UserError, match="golden request"):
+        asyncio.run(models.swap({"wrong": str(wrong)}))
+    assert names() == []
+    asyncio.run(models.swap({"first": str(tiny_bundle)}))
+    models.check()
+    assert (names(), models.failed) == (["first"], None)
+    kept = models.get("first")
+    for bundles, says in [
+        ({"first": str(tiny_bundle), "wrong": str(wrong)}, "golden request"),
+        ({"absent": str(tmp_path / "absent")}, "not a bundle"),
+    ]:
+        asyncio.run(models.swap(bundles))
+        assert says in str(models.failed)
+        assert models.served == [kept]
+    asyncio.run(models.swap({"second": str(tiny_bundle)}))
+    assert (names(), models.failed) == (["second"], None)
+
+
+def test_until_there_is_a_model_nothing_is_ready() -> None:
+    with serving({}) as client:
+        assert client.get("/health").json() == {"status": "ok"}
+        assert "no model is loaded" in refused(client.get("/ready"), 503)["detail"]
+        assert client.post(URL, json=ASKED).headers["retry-after"] == "5"
+        assert client.get("/v1/models").json() == {"models": [], "failed": None}
+    with serving({"a": StandIn()}) as client:
+        assert client.get("/ready").json() == {"status": "ready", "models": ["a"], "failed": None}
