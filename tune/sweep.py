@@ -81,8 +81,12 @@ def sweep(experiment: Experiment, say: Say = print, fresh: bool = False) -> Path
     epochs = max(map(epochs_of, corners))
     say(f"{config.total} trials, {concurrent} at once, of at most {epochs} epochs each")
     trial = trainable(experiment, directory / TRIALS, prepared, collaborative)
-    with following(directory / LOG, say):
-        results = _tuner(trial, config, epochs, directory, concurrent).fit()
+    try:
+        with following(directory / LOG, say):
+            results = _tuner(trial, config, epochs, directory, concurrent).fit()
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on")
+        raise
     return _conclude(experiment, prepared, read_trials(experiment, results, directory), say)
 
 

@@ -37,7 +37,7 @@ def experiment(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFac
             "concurrent": 2,
         },
     }
-    values["training"] |= {"epochs": EPOCHS, "patience": EPOCHS}
+    values["training"] |= {"epochs": EPOCHS, "batch_tokens": 400, "patience": EPOCHS}
     return Experiment.model_validate(values)
 
 
