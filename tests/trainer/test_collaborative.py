@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from recommender import golden
 from recommender.bundle import Manifest
 from recommender.catalogue import Catalogue
 from recommender.collaborative.config import (
@@ -232,7 +233,11 @@ def test_the_best_epoch_is_exported_and_evaluates_as_it_was_selected(
     run = undisturbed
     history = json.loads((run.run_dir / "training.json").read_text())
     best = max(history, key=lambda epoch: epoch["validation_NDCG@10"])
-    manifest = CollaborativeRecommender.load(run.run_dir / "bundle").manifest
+    recommender = CollaborativeRecommender.load(run.run_dir / "bundle")
+    manifest = recommender.manifest
+    golden.check(recommender)
+    assert recommender.catalogue.popularity is not None
+    assert recommender.catalogue.popularity.tolist() == Dataset.load(tiny_prepared / "dataset").popularity().tolist()
     assert manifest.metrics["validation_NDCG@10"] == best["validation_NDCG@10"]
     assert manifest.recommender == WHOLE.model_dump(mode="json")
     report = evaluate(

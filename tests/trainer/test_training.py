@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from objectives.config import ILRecConfig, MSLConfig
+from recommender import golden
 from recommender.config import LoraConfig
 from recommender.errors import UserError
 from recommender.recommender import Recommender
@@ -365,7 +366,11 @@ def test_the_best_checkpoint_is_exported(undisturbed: Experiment, report: Report
     history = json.loads((run.run_dir / "training.json").read_text())
     assert [epoch["epoch"] for epoch in history] == [1, 2, 3]
     best = max(history, key=lambda epoch: epoch["validation_NDCG@10"])
-    manifest = Recommender.load(run.run_dir / "bundle").manifest
+    recommender = Recommender.load(run.run_dir / "bundle")
+    manifest = recommender.manifest
+    golden.check(recommender)
+    assert recommender.catalogue.popularity is not None
+    assert recommender.catalogue.popularity.sum() > 0
     assert best["epoch"] != 3  # else this test would not tell the best from the last
     assert manifest.metrics["validation_NDCG@10"] == best["validation_NDCG@10"]
     exported = load_file(run.run_dir / "bundle" / "model.safetensors")
