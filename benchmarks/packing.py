@@ -33,7 +33,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import in_turns, ratio, spread
+from benchmarks.timing import in_turns, milliseconds, ratio, spread
 from objectives.config import LMLConfig
 from objectives.objective import build_objective
 from recommender.backbone import Backbone, load_backbone
@@ -343,10 +343,11 @@ def seconds_table(made: list[Contender], repeats: int, device: str) -> Table:
         "histories", "rows", "tokens", "padding", "first loss", "s an epoch min/median/max", "x fewer tokens",
         "x less time", "follows", "tokens/s", title="an epoch of the sample",
     )  # fmt: skip
-    seconds = in_turns({f"{each.rule} {each.name}": each.epoch for each in made}, repeats, device)
-    for each in made:
-        base = next(one for one in made if (one.rule, one.name) == (each.rule, "plain"))
-        own, plain = seconds[f"{each.rule} {each.name}"], seconds[f"{base.rule} {base.name}"]
+    seconds = in_turns([each.epoch for each in made], repeats, device)
+    for each, own in zip(made, seconds, strict=True):
+        base, plain = next(
+            pair for pair in zip(made, seconds, strict=True) if (pair[0].rule, pair[0].name) == (each.rule, "plain")
+        )
         tokens, time = base.tokens / each.tokens, ratio(plain, own)
         table.add_row(
             each.rule, each.name, f"{each.tokens:,}", f"{1 - each.tokens / each.padded:.1%}", f"{each.first_loss:.6f}",
@@ -370,20 +371,12 @@ def mask_table(works: list[Work], module: TrainedModel, repeats: int, device: st
         if masked.batch.end is None:
             table.add_row(work.rule, shape, "none: no row branches", *["–"] * 4)
             continue
-        seconds = in_turns(
-            {
-                "built": masked.batch.attention_mask,
-                "masked": partial(forward_and_backward, module, masked),
-                "causal": partial(forward_and_backward, module, without_mask(masked)),
-            },
-            repeats,
-            device,
-        )
-        milliseconds = {name: [1e3 * each for each in values] for name, values in seconds.items()}
+        causal = without_mask(masked)
+        runs = [partial(forward_and_backward, module, batch) for batch in (masked, causal)]
+        built, with_mask, without = in_turns([masked.batch.attention_mask, *runs], repeats, device)
         table.add_row(
-            work.rule, shape, spread(milliseconds["built"]), f"{ratio(seconds['built'], seconds['masked']):.2%}",
-            spread(milliseconds["masked"], ".0f"), spread(milliseconds["causal"], ".0f"),
-            f"{ratio(seconds['masked'], seconds['causal']):.3f}",
+            work.rule, shape, milliseconds(built, ".2f"), f"{ratio(built, with_mask):.2%}",
+            milliseconds(with_mask, ".0f"), milliseconds(without, ".0f"), f"{ratio(with_mask, without):.3f}",
         )  # fmt: skip
     return table
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,15 +17,15 @@ def now(device: str) -> float:
     return time.process_time()
 
 
-def in_turns(contenders: Mapping[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of `repeats` rounds, each contender once a round, after a round that is not timed."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+def in_turns(contenders: Sequence[Callable[[], object]], repeats: int, device: str) -> list[list[float]]:
+    """Seconds of each contender in `repeats` rounds, each once a round, after a round that is not timed."""
+    seconds: list[list[float]] = [[] for _ in contenders]
     for number in range(repeats + 1):
-        for name, run in contenders.items():
+        for run, own in zip(contenders, seconds, strict=True):
             started = now(device)
             run()
             if number:
-                seconds[name].append(now(device) - started)
+                own.append(now(device) - started)
     return seconds
 
 
@@ -37,3 +37,8 @@ def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
 def spread(values: Sequence[float], form: str = ".2f") -> str:
     """min/median/max."""
     return "/".join(format(float(f(values)), form) for f in (np.min, np.median, np.max))
+
+
+def milliseconds(seconds: Sequence[float], form: str = ".1f") -> str:
+    """min/median/max."""
+    return spread([1e3 * each for each in seconds], form)
