@@ -193,7 +193,7 @@ class MaskedBeams:
             if bool((score[:, 0] <= ended_score[:, -1]).all()):
                 break
 
-            cache.reorder_cache((first_row + beam).flatten())
+            cache.reorder_cache((first_row + beam).flatten())  # type: ignore[arg-type]  # an int64 tensor
             slots = torch.arange(filled + step + 1, device=device)
             mask = ((slots < lengths) | (slots >= filled))[:, None, None]
             hidden = self.backbone.hidden(token.view(-1, 1), mask, lengths + step, cache)

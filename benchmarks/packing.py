@@ -11,7 +11,8 @@
    target each) through the training loop, and the plain rows through Hugging Face's Trainer, which pads them by
    length groups. The weights, the optimiser, the targets and the number of optimiser steps are the same, so every step
    has as many targets; the objective is LML, the one that the Trainer has. The first step's loss is printed for all
-   three, on the same targets and weights. On a CPU, seconds are the process's own CPU seconds.
+   three, on the same targets and weights. On a CPU, seconds are the process's own CPU seconds. Few users make few
+   batches, and then the Trainer's length groups are no more than a batch: look at its padding.
 3. The mask: seconds to build it and forward and backward with it and without it (which computes something else).
 
 "follows" is the time ratio over the token ratio: 1.00 where seconds fall as tokens do.
@@ -406,7 +407,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/games.yaml", help="an experiment; its objective is not read")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="of the experiment")
-    parser.add_argument("--users", type=int, default=100, help="whose training targets are timed, a seeded sample")
+    parser.add_argument("--users", type=int, default=200, help="whose training targets are timed, a seeded sample")
+    parser.add_argument("--batch-tokens", type=int, default=1024, help="of a timed step of tree rows")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -421,6 +423,7 @@ def main() -> None:
         parser.error(str(error))
     if args.only_counts:
         return
+    training = training.model_copy(update={"batch_tokens": args.batch_tokens})  # of so few targets, many steps
     backbone = load_backbone(experiment.backbone, space.tokenizer, dtype_of(training.precision), training.seed)
     backbone.to(args.device)
     few = sample_of_users(dataset, args.users)
