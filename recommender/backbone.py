@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
+_ROWS_AT_ONCE = 2**24  # elements of gathered rows of the prediction layer
 _NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 _LAYERS = ("layers", "h", "blocks")
 
@@ -92,6 +93,23 @@ class Backbone:
     def logits(self, hidden: Tensor) -> Tensor:
         """The prediction layer on normed hidden states [N, D]: [N, V]."""
         return self.head(hidden)
+
+    def logits_of(self, hidden: Tensor, position: Tensor, token: Tensor) -> Tensor:
+        """Single outputs of the prediction layer: float32 [T].
+
+        Args:
+            hidden: [N, D], normed.
+            position: int64 [T]; which of the hidden states.
+            token: int64 [T]; which output of it.
+        """
+        head: Any = self.head
+        at_once = max(1, _ROWS_AT_ONCE // hidden.shape[1])
+        parts = [
+            (hidden[at].float() * head.weight[of].float()).sum(-1)
+            for at, of in zip(position.split(at_once), token.split(at_once), strict=True)
+        ]
+        logits = torch.cat(parts)
+        return logits if head.bias is None else logits + head.bias[token].float()
 
     def as_head(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run `function(*inputs)` in place of the prediction layer's own forward, with its weight at hand.

@@ -17,7 +17,7 @@ from recommender.config import LoraConfig, SearchConfig
 from recommender.errors import UserError
 from recommender.golden import record
 from recommender.items import ItemSpace
-from recommender.recommendation import Recommendation, allowed_items
+from recommender.recommendation import Recommendation
 from recommender.scoring import CandidateScorer
 from recommender.search import TreeSearch
 
@@ -114,7 +114,8 @@ class Recommender:
         rankings = tree_search.search(
             prompts,
             k if isinstance(k, int) else list(k),
-            allowed_items(len(histories), len(self.catalogue), exclude, allow),
+            exclude,
+            allow,
         )
         return [
             Recommendation(

@@ -17,7 +17,7 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 from dataclasses import Field, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -33,10 +33,13 @@ from recommender.trie import RadixTrie
 if TYPE_CHECKING:
     from recommender.backbone import Backbone
 
+Filter = Sequence[Collection[int] | np.ndarray | None]  # items, for each history
+
 _NOTHING = torch.iinfo(torch.int64).min  # the key of an empty place: below every real key
 _LOW = 0x7FFFFFFF
 _CACHE_HEADROOM = 128
 _LOGITS_AT_ONCE = 2**26  # elements of one block of logits
+_FEW = 8  # times as fast are the logits of all tokens as those of single ones, each
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class TreeSearch:
         self.config = config
         self.trie = trie.to(backbone.device)
         self.items = len(trie)
+        self._leaf_of_item = trie.leaf_of_item
         self.root_children = int(trie.child_count[0])
         self.is_leaf = self.trie.child_count == 0
         if config.score == "valid":
@@ -83,7 +87,8 @@ class TreeSearch:
         self,
         prompts: Sequence[np.ndarray | Sequence[int]],
         k: int | Sequence[int],
-        allowed: torch.Tensor | None = None,
+        exclude: Filter | None = None,
+        allow: Filter | None = None,
     ) -> list[Ranking]:
         """Rank the catalogue for every prompt.
 
@@ -91,7 +96,8 @@ class TreeSearch:
         ----------
         prompts : token ids, one sequence per history, of any lengths >= 1
         k : items wanted, for all or for each history; more than there are gives all there are
-        allowed : bool [histories, items], items that may be recommended. Filtering never changes a score.
+        exclude : items that may not be recommended, for each history. Filtering never changes a score.
+        allow : the only items that may be, for each history; None = all
 
         Raises
         ------
@@ -102,7 +108,7 @@ class TreeSearch:
             return []
         if self.backbone.model.training:
             raise RuntimeError("dropout would falsify the scores: call model.eval() before a search")
-        rows = self._open_rows(prompts, k, allowed)
+        rows = self._open_rows(prompts, k, self._allowed(len(prompts), exclude, allow))
         answers = _Answers(rows)
         cache = TreeCache(self.backbone.num_layers, _CACHE_HEADROOM)
         tree = _AppendedTree(self.backbone.device)
@@ -130,7 +136,7 @@ class TreeSearch:
     # ------------------------------------------------------------------------------------------------- the steps
 
     def _open_rows(
-        self, prompts: Sequence[np.ndarray | Sequence[int]], k: int | Sequence[int], allowed: torch.Tensor | None
+        self, prompts: Sequence[np.ndarray | Sequence[int]], k: int | Sequence[int], allowed: _Allowed | None
     ) -> _Rows:
         device, count = self.backbone.device, len(prompts)
         ks = [k] * count if isinstance(k, int) else list(k)
@@ -140,13 +146,9 @@ class TreeSearch:
         if min(lengths) < 1:
             raise ValueError(f"prompt {lengths.index(0)} is empty")
         wanted = torch.tensor([min(each, self.items) for each in ks], device=device)
-        allowed_sum = None
         if allowed is not None:
-            if allowed.shape != (count, self.items):
-                raise ValueError(f"allowed must be [{count}, {self.items}], got {list(allowed.shape)}")
-            by_leaf = allowed.to(device)[:, self.trie.item_of_leaf]
-            allowed_sum = torch.nn.functional.pad(by_leaf.cumsum(1, dtype=torch.int32), (1, 0))
-            wanted = torch.minimum(wanted, allowed_sum[:, -1])
+            row, all_leaves = torch.arange(count, device=device), torch.full((count,), self.items, device=device)
+            wanted = torch.minimum(wanted, allowed.within(row, torch.zeros_like(row), all_leaves))
         empty = torch.full((count, 1), _NOTHING, device=device)
         return _Rows(
             index=torch.arange(count, device=device),
@@ -158,8 +160,29 @@ class TreeSearch:
             open_parent=torch.zeros_like(empty),
             dropped=empty[:, 0],
             expansions=torch.zeros(count, dtype=torch.int64, device=device),
-            allowed_sum=allowed_sum,
+            allowed=allowed,
         )
+
+    def _allowed(self, count: int, exclude: Filter | None, allow: Filter | None) -> _Allowed | None:
+        """The filters of a batch of `count` histories, or None where there are none."""
+        exclude, allow = exclude or [()] * count, allow or [None] * count
+        if len(exclude) != count or len(allow) != count:
+            raise ValueError(f"filters must be given for each of the {count} prompts")
+        if not any(map(_size, exclude)) and all(only is None for only in allow):
+            return None
+        keys = []
+        for row, (left_out, only) in enumerate(zip(exclude, allow, strict=True)):
+            leaves = np.unique(self._leaves(left_out))
+            if only is not None:
+                leaves = np.setdiff1d(self._leaves(only), leaves)
+            keys.append(leaves + row * self.items)
+        device = self.backbone.device
+        lists_allowed = torch.tensor([only is not None for only in allow], device=device)
+        return _Allowed(self.items, lists_allowed, torch.from_numpy(np.concatenate(keys)).to(device))
+
+    def _leaves(self, items: Collection[int] | np.ndarray | None) -> np.ndarray:
+        listed = items if isinstance(items, np.ndarray) else list(items or ())
+        return self._leaf_of_item[np.asarray(listed, np.int64)].astype(np.int64)
 
     def _expand_root(self, rows: _Rows, cache: TreeCache, prompts: Sequence[np.ndarray | Sequence[int]]) -> None:
         """Run the prompts, right-padded under the plain causal mask, and score the root's children."""
@@ -248,8 +271,8 @@ class TreeSearch:
         key = _keys(score[owner] + step_score, self.trie.first_item[entry])
 
         row = nodes.row[owner]
-        if rows.allowed_sum is not None:
-            below = rows.allowed_sum[row, self.trie.hi[entry]] - rows.allowed_sum[row, self.trie.lo[entry]]
+        if rows.allowed is not None:
+            below = rows.allowed.within(rows.index[row], self.trie.lo[entry], self.trie.hi[entry])
             key = torch.where(below > 0, key, _NOTHING)
         is_finished = of_leaf | self.finished_at_sight[entry]
         limit = self.config.node_budget if self.config.mode == "exact" else self.config.width
@@ -262,8 +285,10 @@ class TreeSearch:
 
         Logits [P, V] exist block by block only.
         """
-        block = max(1, _LOGITS_AT_ONCE // self.backbone.vocabulary)
         temperature = self.config.temperature or 1.0
+        if not normalise and _FEW * len(token) < len(hidden) * self.backbone.vocabulary:
+            return self.backbone.logits_of(hidden, position, token) / temperature, hidden
+        block = max(1, _LOGITS_AT_ONCE // self.backbone.vocabulary)
         picked = torch.zeros(len(token), device=hidden.device)
         norms = []
         for begin in range(0, len(hidden), block):
@@ -330,7 +355,7 @@ class _Rows:
     open_parent: torch.Tensor  # [R, M], ordinal of the parent's expansion
     dropped: torch.Tensor  # [R], the best key that was ever dropped for want of places
     expansions: torch.Tensor  # [R]
-    allowed_sum: torch.Tensor | None  # int32 [R, items + 1], allowed leaves before each leaf
+    allowed: _Allowed | None  # by `index`
 
     def __len__(self) -> int:
         return len(self.index)
@@ -338,7 +363,7 @@ class _Rows:
     def select(self, rows: torch.Tensor) -> _Rows:
         def selected(field: Field[Any]) -> Any:
             value = getattr(self, field.name)
-            return None if value is None else value[rows]
+            return value[rows] if isinstance(value, torch.Tensor) else value
 
         return _Rows(**{field.name: selected(field) for field in fields(self)})
 
@@ -391,6 +416,21 @@ class _Rows:
         self.open_key = keys[:, :limit]
         self.open_node = torch.cat([self.open_node, spread(node, 0)], 1).gather(1, order)
         self.open_parent = torch.cat([self.open_parent, spread(parent, 0)], 1).gather(1, order)
+
+
+@dataclass(frozen=True)
+class _Allowed:
+    """The filters of a batch: each row lists the leaves that it allows, or those that it leaves out."""
+
+    items: int
+    lists_allowed: torch.Tensor  # bool [R]
+    keys: torch.Tensor  # int64, rising: row · items + leaf of every listed leaf
+
+    def within(self, row: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> torch.Tensor:
+        """How many of the leaves lo … hi − 1 are allowed: int64 [N]."""
+        start = row * self.items
+        listed = torch.searchsorted(self.keys, start + hi) - torch.searchsorted(self.keys, start + lo)
+        return torch.where(self.lists_allowed[row], listed, hi - lo - listed)
 
 
 class _AppendedTree:
@@ -471,6 +511,10 @@ class _Answers:
 
 
 # ----------------------------------------------------------------------------------------------------- small tools
+
+
+def _size(items: Collection[int] | np.ndarray | None) -> int:
+    return 0 if items is None else len(items)
 
 
 def _keys(scores: torch.Tensor, items: torch.Tensor) -> torch.Tensor:

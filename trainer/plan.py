@@ -57,7 +57,7 @@ class BatchPlan:
     def epoch(self, epoch: int) -> list[Step]:
         """The steps of an epoch, in order."""
         rng = np.random.default_rng([self._seed, epoch])
-        blurred = self._lengths * np.exp(rng.uniform(-0.2, 0.2, len(self._lengths)))
+        blurred = self._lengths * np.exp(rng.uniform(-0.05, 0.05, len(self._lengths)))
         order = np.argsort(-blurred, kind="stable")
         tokens = np.cumsum(self._lengths[order])
         # A row belongs to the step in which its middle token falls; the clip below leaves no step empty.

@@ -132,13 +132,27 @@ def test_filters_prune_and_never_change_a_score(score: str) -> None:
         model, identifiers, prompts = llama(seed), catalogue(seed, items=40), histories(seed)
         allowed = np.random.default_rng(seed).random((4, 40)) < 0.2
         allowed[0], allowed[1, :] = False, np.arange(40) == 7
-        rankings = tree_search(model, identifiers, score=score).search(prompts, 10, torch.tensor(allowed))
+        # Lists of what is allowed, of what is not, and one less the other.
+        left_out = [np.flatnonzero(~row) for row in allowed]
+        exclude = [(), (), left_out[2], left_out[3][:9]]
+        allow = [(), [7], None, np.flatnonzero(allowed[3]).tolist() + left_out[3][:9].tolist()]
+        rankings = tree_search(model, identifiers, score=score).search(prompts, 10, exclude, allow)
         assert len(rankings[0].items) == 0
         assert rankings[0].exact
         assert rankings[0].expansions == 0
         assert rankings[1].items.tolist() == [7]
         for prompt, ranking, row in zip(prompts, rankings, allowed, strict=True):
             assert_true_top(ranking, scores_of_all_items(model, prompt, identifiers, score), 10, row)
+
+
+@pytest.mark.parametrize("few", [0, 10**9], ids=["single logits", "all logits"])
+def test_logits_of_children_alone_are_those_of_all(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recommender.search._FEW", few)
+    for seed in range(2):
+        model, identifiers, prompts = llama(seed), catalogue(seed), histories(seed)
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCABULARY))
+        for prompt, ranking in zip(prompts, tree_search(model, identifiers).search(prompts, 10), strict=True):
+            assert_true_top(ranking, scores_of_all_items(model, prompt, identifiers, "valid"), 10)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2"])
