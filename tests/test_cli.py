@@ -19,7 +19,20 @@ from trainer.experiment import Experiment, load_experiment
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
-VERBS = ["simulate", "prepare", "train", "evaluate", "recommend", "serve", "export", "schema", "demo", "submit", "jobs"]
+VERBS = [
+    "simulate",
+    "prepare",
+    "train",
+    "evaluate",
+    "recommend",
+    "serve",
+    "export",
+    "schema",
+    "demo",
+    "plan",
+    "submit",
+    "jobs",
+]
 HEAVY = {"torch", "transformers", "ray", "deepspeed", "pyarrow", "peft"}
 
 # Runs the command line and then says, on a line of its own, what it has imported.
