@@ -49,10 +49,10 @@ jobs_app = typer.Typer(
     help="""List, show, follow and stop the jobs of a Ray cluster.
 
 \b
-  ilrec jobs list --address http://head:8265
-  ilrec jobs status raysubmit_x
-  ilrec jobs logs raysubmit_x --follow
-  ilrec jobs stop raysubmit_x""",
+ilrec jobs list --address http://head:8265
+ilrec jobs status raysubmit_x
+ilrec jobs logs raysubmit_x --follow
+ilrec jobs stop raysubmit_x""",
 )
 app.add_typer(jobs_app, name="jobs")
 
