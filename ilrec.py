@@ -49,10 +49,10 @@ jobs_app = typer.Typer(
     help="""List, show, follow and stop the jobs of a Ray cluster.
 
 \b
-  ilrec jobs list --address http://head:8265
-  ilrec jobs status raysubmit_x
-  ilrec jobs logs raysubmit_x --follow
-  ilrec jobs stop raysubmit_x""",
+ilrec jobs list --address http://head:8265
+ilrec jobs status raysubmit_x
+ilrec jobs logs raysubmit_x --follow
+ilrec jobs stop raysubmit_x""",
 )
 app.add_typer(jobs_app, name="jobs")
 
@@ -347,6 +347,35 @@ def demo(
     from deploy.demo import run
 
     run(experiment, _say, fresh)
+
+
+@app.command()
+def plan(
+    config: Config,
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, help="GB of a worker's GPU: does it fit, or what would?")
+    ] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Throughput of all workers; default: as an earlier run's.")
+    ] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.000001, help="The same, in matrix products.")] = None,
+    overrides: Set = [],  # noqa: B006
+) -> None:
+    """Say what a training needs: memory by ZeRO stage, steps, matrix products, time. Prepares the data if need be.
+
+    \b
+    ilrec plan configs/demo.yaml
+    ilrec plan my.yaml --gpu-memory 24 --tflops 400 --set cluster.workers=8
+    """
+    from trainer.experiment import load_experiment
+
+    experiment = load_experiment(config, overrides)
+    from deploy.plan import print_plan
+    from trainer.prepare import prepare as write_prepared
+    from trainer.requirements import requirements
+
+    needs = requirements(experiment, write_prepared(experiment, _say))
+    print_plan(needs, gpu_memory, tokens_per_second, tflops)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from recommender.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 _ROWS_AT_ONCE = 2**24  # elements of gathered rows of the prediction layer
@@ -239,8 +239,32 @@ def _preset(config: PresetBackbone, tokenizer: PreTrainedTokenizerBase, seed: in
         return LlamaForCausalLM(llama)
 
 
+def empty_backbone(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase, start: str | None) -> Backbone:
+    """What is trained, without its weights (on PyTorch's meta device): to count them.
+
+    Args:
+        start: the bundle whose weights training starts from, if any.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        if start is None and isinstance(config, PresetBackbone):
+            model: Any = _preset(config, tokenizer, seed=0)
+        elif isinstance(config, PresetBackbone) or start is not None:
+            model = AutoModelForCausalLM.from_config(_read_config(str(start), None))
+        else:
+            model = AutoModelForCausalLM.from_config(_read_config(config.path, config.revision))
+        if config.lora is not None:
+            model = add_lora(model, config.lora)
+    return Backbone(model, tokenizer)
+
+
 def count_layers(path: str, revision: str | None) -> int:
     """Decoder layers of a saved model, read from its config alone (an adapter's: from its base model's)."""
+    return int(_read_config(path, revision).num_hidden_layers)
+
+
+def _read_config(path: str, revision: str | None) -> PretrainedConfig:
     from pathlib import Path
 
     from transformers import AutoConfig
@@ -251,7 +275,9 @@ def count_layers(path: str, revision: str | None) -> int:
 
         path = json.loads(adapter.read_text())["base_model_name_or_path"]
     try:
-        return int(AutoConfig.from_pretrained(path, revision=revision).num_hidden_layers)
+        config: Any = AutoConfig.from_pretrained(path, revision=revision)
+        config.num_hidden_layers  # noqa: B018  (of a language model)
+        return config
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"backbone: no model config can be read from {path!r}: {shortened(error)}") from error
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
 VERBS = [
     *("simulate", "prepare", "train", "tune", "evaluate", "recommend", "serve", "export", "extend", "schema", "demo"),
-    *("submit", "jobs"),
+    *("plan", "submit", "jobs"),
 ]
 HEAVY = {"torch", "transformers", "ray", "deepspeed", "pyarrow", "peft"}
 

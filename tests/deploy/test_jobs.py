@@ -113,9 +113,9 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def config(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that would go on for long: its epochs take a second."""
+    """A run that would go on for long, in epochs of a second. It learns nothing, so that patience can end it."""
     directory = tmp_path_factory.mktemp("jobs")
-    long = {"epochs": 1000, "patience": 1000, "batch_tokens": 700}
+    long = {"epochs": 1000, "patience": 1000, "batch_tokens": 700, "learning_rate": 1e-9}
     values = tiny_experiment.model_dump(mode="json", include={"name", "world", "prompt", "backbone", "evaluation"})
     values |= {"objective": {"kind": "msl"}, "training": long, "cluster": {"workers": 2, "storage": str(directory)}}
     path = directory / "my.yaml"
