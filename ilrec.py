@@ -374,6 +374,10 @@ def plan(
     from trainer.prepare import prepare as write_prepared
     from trainer.requirements import requirements
 
+    if gpu_memory is not None and not experiment.cluster.gpus_per_worker:
+        raise UserError("--gpu-memory: the workers have no GPUs; add --set cluster.gpus_per_worker=1")
+    if tokens_per_second is not None and tflops is not None:
+        raise UserError("--tokens-per-second and --tflops say the same; give one of them")
     needs = requirements(experiment, write_prepared(experiment, _say))
     print_plan(needs, gpu_memory, tokens_per_second, tflops)
 
@@ -404,6 +408,8 @@ def submit(
         from tune.space import check_sweep
 
         check_sweep(experiment)
+    if {"--set", "-s"} & set(options or []):
+        raise UserError("give --set before the --, so that it is checked here")
     typer.main.get_group(app).commands[verb].make_context(verb, [str(config), *(options or [])])  # refuses bad options
     from deploy import jobs
 

@@ -70,7 +70,6 @@ class Commands:
             import ray
 
             connect()
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # else Ray aborts, and what runs is left behind
             try:
                 check_resources(self._cluster, self._jobs * self._cluster.workers)
             except UserError as error:

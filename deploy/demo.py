@@ -87,7 +87,7 @@ def ask(experiment: Experiment, bundle: Path, dataset: Dataset) -> tuple[list[st
     from service.client import Client
     from service.schema import RecommendationRequest
 
-    here = {"host": "127.0.0.1", "port": _free_port(), "token_file": None, "token_variable": None}
+    here = {"host": "127.0.0.1", "port": _free_port(), "token_file": None, "token_variable": None, "feedback_log": None}
     serving = experiment.serving.model_copy(update=here)
     run_service(bundle, serving, blocking=False)
     items = held_out(dataset, "test").histories[0][-serving.max_history :]

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
+from aiohttp import ClientError
 from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from ray.util.state import list_nodes
@@ -83,7 +84,7 @@ def _explained(address: str) -> Iterator[None]:
             f"{address}: {str(error).splitlines()[0]}. Set RAY_AUTH_MODE=token and give the cluster's token: in "
             "RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
         ) from None
-    except (RayError, RuntimeError, OSError, ValueError) as error:  # requests' own errors are OSErrors
+    except (RayError, RuntimeError, OSError, ValueError, ClientError) as error:  # requests' own errors are OSErrors
         raise UserError(f"{address}: {error}") from None
 
 
@@ -161,7 +162,7 @@ def submit(
 def _resources(address: str) -> dict[str, float]:
     """What all nodes of the cluster have together."""
     total: dict[str, float] = {}
-    for node in list_nodes(address, filters=[("state", "=", "ALIVE")], timeout=10):
+    for node in list_nodes(address, filters=[("state", "=", "ALIVE")], limit=10_000, timeout=10):
         for resource, amount in (node.resources_total or {}).items():
             total[resource] = total.get(resource, 0) + amount
     return total

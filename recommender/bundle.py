@@ -41,14 +41,13 @@ class Golden(BaseModel):
     Attributes:
         history: item indices.
         items, scores: of its top-K.
-        score, temperature: the search settings that decide scores.
+        search: the settings that it was searched with.
     """
 
     history: list[int]
     items: list[int]
     scores: list[float]
-    score: str
-    temperature: float | None
+    search: SearchConfig
 
 
 class Manifest(BaseModel):

@@ -142,7 +142,7 @@ class Catalogue:
 
     def save(self, directory: Path) -> None:
         table = self.columns if self.columns is not None else pa.table({})
-        kept = [name for name in table.column_names if name not in ("item_id", "title")]
+        kept = [name for name in table.column_names if name not in ("item_id", "title", POPULARITY)]
         columns: dict[str, Any] = {
             "item_id": pa.array(self.item_ids, pa.string()),
             "title": pa.array(self.titles, pa.string()),

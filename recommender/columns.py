@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +20,12 @@ class Column:
     """One column. An item has one value, several (a column of lists), or none.
 
     Attributes:
-        codes: the number of each value.
+        codes: the number of each value, by whether it is a truth value (True == 1) and itself.
         by_value: int64 [entries]; items, value after value, of which `value_starts` [values + 1] are the borders.
         by_item: int32 [entries]; numbers of values, item after item, with the borders `item_starts` [items + 1].
     """
 
-    codes: dict[Value, int]
+    codes: dict[tuple[bool, Value], int]
     by_value: np.ndarray
     value_starts: np.ndarray
     by_item: np.ndarray
@@ -32,7 +33,7 @@ class Column:
 
     def items_with(self, value: Value) -> np.ndarray:
         """int64, the items that have a value; none where no item has it."""
-        code = self.codes.get(value)
+        code = self.codes.get(_key(value))
         return self.by_value[:0] if code is None else self.items_of(code)
 
     def items_of(self, code: int) -> np.ndarray:
@@ -42,6 +43,14 @@ class Column:
     def codes_of(self, item: int) -> list[int]:
         """The numbers of an item's values."""
         return self.by_item[self.item_starts[item] : self.item_starts[item + 1]].tolist()
+
+
+def _key(value: Value) -> tuple[bool, Value]:
+    return isinstance(value, bool), value
+
+
+def _iso(value: Any) -> str:
+    return str(value.isoformat() if hasattr(value, "isoformat") else value)
 
 
 def columns_of(catalogue: Catalogue) -> dict[str, Column]:
@@ -65,7 +74,7 @@ def _column(chunked: pa.ChunkedArray) -> Column | None:
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         owner, array = pc.list_parent_indices(array).to_numpy(zero_copy_only=False), pc.list_flatten(array)
     if pa.types.is_temporal(array.type):
-        array = array.cast(pa.string())
+        array = pa.array([None if value is None else _iso(value) for value in array.to_pylist()], pa.string())
     kind = array.type
     if not (
         pa.types.is_string(kind)
@@ -77,10 +86,11 @@ def _column(chunked: pa.ChunkedArray) -> Column | None:
         return None
     encoded = array.dictionary_encode()
     codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    owner, codes = owner[codes >= 0].astype(np.int64), codes[codes >= 0].astype(np.int32)
+    entries = np.unique(np.stack([owner, codes], axis=1)[codes >= 0], axis=0)  # a list may hold a value twice
+    owner, codes = entries[:, 0].astype(np.int64), entries[:, 1].astype(np.int32)
     order = np.argsort(codes, kind="stable")
     return Column(
-        codes={value: code for code, value in enumerate(encoded.dictionary.to_pylist())},
+        codes={_key(value): code for code, value in enumerate(encoded.dictionary.to_pylist())},
         by_value=owner[order],
         value_starts=np.searchsorted(codes[order], np.arange(len(encoded.dictionary) + 1)),
         by_item=codes,

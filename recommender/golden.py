@@ -22,13 +22,12 @@ def record(recommender: AnyRecommender) -> Golden:
         history=history,
         items=answer.items,
         scores=answer.scores,
-        score=recommender.manifest.search.score,
-        temperature=recommender.manifest.search.temperature,
+        search=recommender.manifest.search,
     )
 
 
 def check(recommender: AnyRecommender) -> None:
-    """Repeat the golden request: its items must score as they did, and head the list again.
+    """Repeat the golden request: its items must score as they did and, under the same search, head the list again.
 
     A bundle from before golden requests, or one whose search settings were replaced by others that score differently,
     has just to answer.
@@ -37,13 +36,15 @@ def check(recommender: AnyRecommender) -> None:
         UserError: the recommender does not answer as it did when it was exported.
     """
     golden, search = recommender.manifest.golden, recommender.manifest.search
-    if golden is None or (golden.score, golden.temperature) != (search.score, search.temperature):
+    if golden is None or (golden.search.score, golden.search.temperature) != (search.score, search.temperature):
         recommender.recommend([[0]], 1)
         return
-    [scores] = recommender.rank([golden.history], [golden.items])
+    answers = recommender.rank([golden.history], [golden.items])
     [answer] = recommender.recommend([golden.history], len(golden.items))
-    listed = answer.scores if len(answer.scores) == len(golden.scores) else [-np.inf] * len(golden.scores)
-    for found in (scores, listed):
+    if search == golden.search:
+        complete = len(answer.scores) == len(golden.scores)
+        answers.append(answer.scores if complete else [-np.inf] * len(golden.scores))
+    for found in answers:
         if not np.allclose(found, golden.scores, atol=_ABSOLUTE, rtol=_RELATIVE):
             worst = float(np.abs(np.subtract(found, golden.scores)).max())
             raise UserError(

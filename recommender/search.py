@@ -69,6 +69,8 @@ class TreeSearch:
         self.trie = trie.to(backbone.device)
         self.items = len(trie)
         self._leaf_of_item = trie.leaf_of_item
+        # One arithmetic for all of a catalogue's scores, whatever else is in a batch.
+        self._reads_single_logits = _FEW * int(trie.child_count.max()) < backbone.vocabulary
         self.root_children = int(trie.child_count[0])
         self.is_leaf = self.trie.child_count == 0
         if config.score == "valid":
@@ -286,7 +288,7 @@ class TreeSearch:
         Logits [P, V] exist block by block only.
         """
         temperature = self.config.temperature or 1.0
-        if not normalise and _FEW * len(token) < len(hidden) * self.backbone.vocabulary:
+        if not normalise and self._reads_single_logits:
             return self.backbone.logits_of(hidden, position, token) / temperature, hidden
         block = max(1, _LOGITS_AT_ONCE // self.backbone.vocabulary)
         picked = torch.zeros(len(token), device=hidden.device)

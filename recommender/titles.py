@@ -12,7 +12,8 @@ import numpy as np
 from recommender.catalogue import Catalogue, normalise_title
 
 _WORD = re.compile(r"\w+")
-_MOST_COMPLETIONS = 1000  # words that the one being typed may grow into
+_MOST_COMPLETIONS = 1000  # words that one which stands alone may grow into
+_LAST = chr(0x10FFFF)
 
 
 class TitleSearch:
@@ -47,21 +48,14 @@ class TitleSearch:
         """int32, rising: the items whose titles hold every word, the last of them completed."""
         if not words:
             return np.empty(0, np.int32)
-        items = self._completed(words[-1])
-        for word in words[:-1]:
+        *whole, prefix = words
+        begin, end = bisect_left(self._words, prefix), bisect_left(self._words, prefix + _LAST)
+        if not whole:
+            end = min(end, begin + _MOST_COMPLETIONS)
+        items = np.unique(np.concatenate([np.empty(0, np.int32), *self._items[begin:end]]))
+        for word in whole:
             at = bisect_left(self._words, word)
             if at == len(self._words) or self._words[at] != word:
                 return items[:0]
             items = np.intersect1d(items, self._items[at], assume_unique=True)
         return items
-
-    def _completed(self, prefix: str) -> np.ndarray:
-        at = bisect_left(self._words, prefix)
-        grown: list[np.ndarray] = []
-        for word, items in zip(
-            islice(self._words, at, at + _MOST_COMPLETIONS), islice(self._items, at, None), strict=False
-        ):
-            if not word.startswith(prefix):
-                break
-            grown.append(items)
-        return np.unique(np.concatenate(grown)) if grown else np.empty(0, np.int32)

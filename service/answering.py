@@ -8,33 +8,31 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from recommender.config import SearchConfig
 from recommender.recommendation import Recommendation
 from service.queries import Query, RankQuery
 
 if TYPE_CHECKING:
     from service.models import Served
 
-_MOST_ROUNDS = 10  # searches for one list under caps
-
 
 def answer(served: Served, queries: Sequence[Query | RankQuery]) -> list[Recommendation | list[float]]:
     """Answer queries: a Query with a Recommendation, a RankQuery with its candidates' scores."""
     lists = {place: CappedList(served, q) for place, q in enumerate(queries) if isinstance(q, Query)}
     unfinished = list(lists.values())
-    for _ in range(_MOST_ROUNDS):
+    while unfinished:
         for each, found in zip(unfinished, _recommend(served, unfinished), strict=True):
             each.add(found)
-        unfinished = [each for each in unfinished if not each.complete]
-        if not unfinished:
-            break
+        unfinished = [each for each in unfinished if not each.complete and each.budget > 0]
     return [lists[place].answer() if isinstance(q, Query) else _rank(served, q) for place, q in enumerate(queries)]
 
 
 class CappedList:
     """A list that grows, best item first, until it is full, while no value of a capped column comes too often.
 
-    What the caps leave is found by searching again without the values that have come often enough: filters prune
-    inside the search, so that the list is exact if every search was.
+    What the caps leave is found by searching again, for twice as many, without the values that have come often enough:
+    filters prune inside the search, so that the list is exact if every search was. All its searches share one node
+    budget.
     """
 
     def __init__(self, served: Served, query: Query):
@@ -44,19 +42,33 @@ class CappedList:
         self._columns = [(served.columns[name], cap, Counter[int]()) for name, cap in query.caps.items()]
         self._items: list[int] = []
         self._scores: list[float] = []
+        self._rounds = 0
+        self._search = query.search or served.recommender.manifest.search
         self._exact = True
         self._expansions = self._prompt_tokens = 0
 
     @property
-    def missing(self) -> int:
-        """Items that are still wanted."""
-        return self.query.k - len(self._items)
+    def wanted(self) -> int:
+        """Items to ask for next."""
+        return (self.query.k - len(self._items)) * 2**self._rounds
+
+    @property
+    def budget(self) -> int:
+        """Nodes that further searches may expand."""
+        return self._search.node_budget - self._expansions
+
+    @property
+    def search(self) -> SearchConfig | None:
+        """The limits of the next search; None: the model's own."""
+        return self._search.model_copy(update={"node_budget": self.budget}) if self._rounds else self.query.search
 
     def add(self, found: Recommendation) -> None:
-        """Take in what was found for `missing` items without those in `exclude`."""
-        asked = self.missing
+        """Take in what was found for `wanted` items without those in `exclude`."""
+        asked = self.wanted
         out = [self.exclude, np.array(found.items, np.int64)]
         for item, score in zip(found.items, found.scores, strict=True):
+            if len(self._items) == self.query.k:
+                break
             values = [
                 (column, cap, seen, code) for column, cap, seen in self._columns for code in column.codes_of(item)
             ]
@@ -69,7 +81,8 @@ class CappedList:
                 if seen[code] == cap:
                     out.append(column.items_of(code))
         self.exclude = np.concatenate(out)
-        self.complete = not self.missing or len(found.items) < asked
+        self.complete = len(self._items) == self.query.k or len(found.items) < asked
+        self._rounds += 1
         self._exact = self._exact and found.exact
         self._expansions += found.expansions
         self._prompt_tokens += found.prompt_tokens
@@ -83,17 +96,17 @@ class CappedList:
 def _recommend(served: Served, lists: Sequence[CappedList]) -> list[Recommendation]:
     """One search for each list: together, as far as the fallback and the limits of the search are the same."""
     found: dict[int, Recommendation] = {}
-    groups: dict[tuple[bool, object], list[CappedList]] = {}
+    groups: dict[tuple[bool, SearchConfig | None], list[CappedList]] = {}
     for each in lists:
-        groups.setdefault((not each.query.history, each.query.search), []).append(each)
-    for (fallback, _), group in groups.items():
-        k, exclude, allow = [g.missing for g in group], [g.exclude for g in group], [g.query.allow for g in group]
+        groups.setdefault((not each.query.history, each.search), []).append(each)
+    for (fallback, search), group in groups.items():
+        k, exclude, allow = [g.wanted for g in group], [g.exclude for g in group], [g.query.allow for g in group]
         if fallback:
             assert served.popular is not None
             answers = served.popular.recommend(k, exclude, allow)
         else:
             histories = [g.query.history for g in group]
-            answers = served.recommender.recommend(histories, k, exclude, allow, group[0].query.search)
+            answers = served.recommender.recommend(histories, k, exclude, allow, search)
         found |= zip(map(id, group), answers, strict=True)
     return [found[id(each)] for each in lists]
 

@@ -120,7 +120,9 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
             models.check()
         except RuntimeError as error:
             raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error
-        return schema.Ready(status="ready", models=[served.name for served in models.served], failed=models.failed)
+        return schema.Ready(
+            status="ready", models=[served.name for served in models.served], swapped=models.failed is None
+        )
 
     @api.get("/v1/models", summary="What is served here")
     async def list_models() -> schema.Models:
@@ -169,7 +171,7 @@ class _Asking:
         found = await self._answers(chosen, resolved)
         took = round((time.perf_counter() - started) * 1e3, 2)
         answers = []
-        for served, query, each in zip(chosen, resolved, found, strict=True):
+        for place, (served, query, each) in enumerate(zip(chosen, resolved, found, strict=True)):
             fallback = not query.history
             self.metrics.list(served.name, each, fallback)
             answer = schema.RecommendationResponse(
@@ -183,7 +185,7 @@ class _Asking:
             )
             if self._feedback is not None:
                 ids = [item.item_id for item in answer.items]
-                self._feedback.write(request.scope["request_id"], served.name, ids, fallback)
+                self._feedback.write(request.scope["request_id"], place, served.name, ids, fallback)
             answers.append(answer)
         return answers
 

@@ -84,9 +84,6 @@ def build(args: dict[str, Any]) -> serve.Application:
 
     Args:
         args: the fields of `Arguments`.
-
-    Raises:
-        UserError: the tokens of the endpoint cannot be read.
     """
     return application(Arguments.model_validate(args).serving, None)
 
@@ -97,11 +94,7 @@ def application(serving: ServingConfig, models: UserConfig | None) -> serve.Appl
     Args:
         serving: the endpoint.
         models: what it serves; None: a Serve config file says.
-
-    Raises:
-        UserError: the tokens of the endpoint cannot be read.
     """
-    read_tokens(serving)
     options: dict[str, Any] = {"num_replicas": serving.replicas}
     if serving.max_replicas is not None:
         options["autoscaling_config"] = {
@@ -133,10 +126,12 @@ def run(bundle: str | Path, config: ServingConfig, blocking: bool) -> None:
             leave the shutting down (`ray.serve.shutdown()`) to the caller.
 
     Raises:
-        UserError: the bundle cannot be served, the port is taken, or Serve runs on this cluster already.
+        UserError: the bundle cannot be served, the tokens cannot be read, the port is taken, or Serve runs on this
+            cluster already.
     """
     directory = Path(bundle).expanduser().absolute()
     models = UserConfig(models={read_manifest(directory).name: str(directory)})
+    read_tokens(config)
     endpoint = application(config, models)
     _check_address(config)
     owns_ray = _connect()
@@ -176,6 +171,8 @@ def _connect() -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ.get("RAY_ADDRESS"):
+        if "://" in os.environ["RAY_ADDRESS"]:
+            raise UserError("RAY_ADDRESS: run this on a machine of the cluster, or deploy with `serve deploy`")
         ray.init(logging_level=logging.WARNING)
         return False
     ray.init(logging_level=logging.WARNING, address="local", include_dashboard=False)

@@ -41,6 +41,11 @@ def _digest(token: bytes) -> bytes:
     return sha256(token).digest()
 
 
+def _path(scope: Scope) -> str:
+    """Without the prefix that the application is mounted at."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
 class Bearer:
     """ASGI middleware that lets in requests with a known token, and probes."""
 
@@ -50,7 +55,7 @@ class Bearer:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on if it may ask."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(scope):
+        if scope["type"] != "http" or _path(scope) in OPEN_PATHS or self._knows(scope):
             return await self.app(scope, receive, send)
         problem = Problem(
             HTTPStatus.UNAUTHORIZED,

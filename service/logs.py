@@ -20,6 +20,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from recommender.errors import UserError
 from service.metrics import Metrics
 from service.problems import Problem
 
@@ -100,12 +101,19 @@ class FeedbackLog:
     """JSON lines of what was served, to be joined with what was then clicked: a file a process, in one directory."""
 
     def __init__(self, directory: str):
-        Path(directory).mkdir(parents=True, exist_ok=True)
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"serving.feedback_log: {directory}: {error.strerror}") from error
         name = f"served-{socket.gethostname()}-{os.getpid()}.jsonl"
         self._file = (Path(directory) / name).open("a", buffering=1, encoding="utf-8")
 
-    def write(self, request_id: str, model: str, item_ids: Sequence[str], fallback: bool) -> None:
-        """Add a list."""
+    def write(self, request_id: str, place: int, model: str, item_ids: Sequence[str], fallback: bool) -> None:
+        """Add a list, the answer at `place` of its request; a full disk costs the line, not the answer."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line: dict[str, Any] = {"time": now, "request_id": request_id, "model": model, "items": list(item_ids)}
-        self._file.write(json.dumps(line | {"fallback": fallback}, ensure_ascii=False) + "\n")
+        line: dict[str, Any] = {"time": now, "request_id": request_id, "place": place, "model": model}
+        line |= {"items": list(item_ids), "fallback": fallback}
+        try:
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            logger.error(json.dumps({"feedback_log": str(error)}))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from service.models import Served
 
 _FEW = 20  # columns that an error lists
+_HINTS = 20  # unknown items for which similar titles are looked up
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +118,8 @@ class Resolver:
         for place, text in enumerate(texts):
             index = self.served.catalogue.index_of(text)
             if index is None:
-                self._wrong(f"{field}[{place}]", _unknown(text, self.served.catalogue))
+                hint = len(self.errors) < _HINTS
+                self._wrong(f"{field}[{place}]", _unknown(text, self.served.catalogue if hint else None))
             else:
                 found.append(index)
         return found
@@ -148,7 +150,7 @@ class Resolver:
         return self.served.recommender.manifest.search.model_copy(update=asked.model_dump(exclude_none=True))
 
 
-def _unknown(text: str, catalogue: Catalogue) -> str:
+def _unknown(text: str, catalogue: Catalogue | None) -> str:
     message = f"unknown item {text[:80]!r}"
-    close = catalogue.similar_titles(text)
+    close = catalogue.similar_titles(text) if catalogue else []
     return message + (f"; did you mean {' or '.join(map(repr, close))}?" if close else "")

@@ -179,7 +179,10 @@ class RecommendationResponse(RankResponse):
     model_config = _answer(EXAMPLE_ANSWER)
 
     exact: bool = Field(description="Whether this is proven to be the true top-K of what may be recommended.")
-    complete: bool = Field(description="False when there are fewer than k items: filters and caps leave no more.")
+    complete: bool = Field(
+        description="False when there are fewer than k items: filters and caps leave no more or, where `exact` is "
+        "false too, the search came to its limits before."
+    )
 
 
 class BatchResponse(BaseModel):
@@ -218,11 +221,11 @@ class Health(BaseModel):
 class Ready(BaseModel):
     """Which models answer."""
 
-    model_config = _answer({"status": "ready", "models": ["demo"], "failed": None})
+    model_config = _answer({"status": "ready", "models": ["demo"], "swapped": True})
 
     status: str
     models: list[str]
-    failed: str | None = Field(description="Why the latest change of models was not carried out; null if it was.")
+    swapped: bool = Field(description="Whether the latest change of models was carried out; /v1/models says why not.")
 
 
 class Model(BaseModel):

@@ -41,6 +41,8 @@ def connect(num_cpus: int | None = None) -> None:
     ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     if threading.current_thread() is threading.main_thread():
         # How a job server or a service manager says Ctrl-C, on which Ray Train ends its workers; Ray would abort.
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's way to start what it puts behind
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 

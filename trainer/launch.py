@@ -26,9 +26,8 @@ from ray.train.v2.api.callback import RayTrainCallback
 from recommender.errors import UserError
 from trainer.experiment import Experiment
 from trainer.prepare import Say
+from trainer.run import FAILURE
 from trainer.worker import SELECTION, train_worker
-
-FAILURE = "failure.txt"  # beside the run's log
 
 
 @contextmanager
@@ -97,6 +96,8 @@ def run_to_best(trainer: TorchTrainer, log: Path, say: Say, too_large: str) -> T
     with following(log, say):
         try:
             result: Any = trainer.fit()  # Ray's stubs show the old Result
+        except SystemExit:  # Ray's way to end on Ctrl-C, with a status of 0
+            raise KeyboardInterrupt from None
         except TrainingFailedError as error:
             if too_large in str(error):
                 raise UserError(too_large) from error

@@ -82,10 +82,13 @@ class Memory:
     buffers: float
     activations: float
     logits: float
+    validation: float
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        """A step's, or that of the validation between them, which at stage 3 searches a whole copy of the weights."""
+        kept = self.weights + self.gradients + self.optimizer + self.buffers
+        return kept + max(self.activations + self.logits, self.validation)
 
 
 def memory(shape: Shape, training: TrainingConfig, workers: int, gpu: bool, tokens: int) -> Memory:
@@ -105,10 +108,11 @@ def memory(shape: Shape, training: TrainingConfig, workers: int, gpu: bool, toke
     if stage == 3:
         buffers += min(weights, width * _KEPT_WHOLE)
         weights /= workers
+    copy = width * (shape.trained + shape.frozen) if stage == 3 else 0
     layer = _layer_bytes(shape, width)
     kept = shape.layers * (width * shape.hidden if training.gradient_checkpointing else layer)
     logits = training.logits_memory_mb or (2048 if gpu else 256)
-    return Memory(weights, gradients, optimizer, buffers, (kept + layer) * tokens, logits * 2**20)
+    return Memory(weights, gradients, optimizer, buffers, (kept + layer) * tokens, logits * 2**20, copy)
 
 
 def _layer_bytes(shape: Shape, width: int) -> int:

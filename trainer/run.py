@@ -15,6 +15,7 @@ from trainer.experiment import Experiment
 from trainer.sweep_config import SweepConfig
 
 SWEEP = "tune"  # the directory of a run that is a sweep
+FAILURE = "failure.txt"  # beside the run's log: why training failed
 _FILE = "experiment.json"
 _FINGERPRINT = "data fingerprint"
 _SHARED = ("world", "data", "recommender", "evaluation")  # evaluation, as validation chooses the epoch
@@ -33,7 +34,6 @@ _FREE = {
     "recommender": ("epochs", "patience"),
     "evaluation": ("cutoffs", "test_targets", "batch", "bootstrap"),
     "data": ("interactions", "items", "train", "validation", "test"),
-    "sweep": ("concurrent",),
 }
 
 
@@ -45,9 +45,14 @@ def check_claim(experiment: Experiment, data_fingerprint: str | None = None, swe
         sweep: of the directory, if it is a sweep's.
 
     Raises:
-        UserError: names the fields that differ.
+        UserError: names the fields that differ; or a sweep was run there.
     """
     directory = experiment.run_dir
+    if (directory / SWEEP).exists():
+        raise UserError(
+            f"{directory} holds a sweep (`ilrec tune`), whose best trial is its bundle; give this run another name "
+            "(--set name=…)"
+        )
     if not (directory / _FILE).exists() or not (directory / "ray").exists():
         return
     mine, theirs = _identity(experiment, data_fingerprint, sweep), json.loads((directory / _FILE).read_text())
@@ -77,15 +82,10 @@ def claim(experiment: Experiment, data_fingerprint: str, fresh: bool, sweep: Swe
         UserError: another experiment was trained there, or a sweep was run, whose best trial is the bundle.
     """
     directory = experiment.run_dir
-    if (directory / SWEEP).exists():
-        raise UserError(
-            f"{directory} holds a sweep (`ilrec tune`), whose best trial is its bundle; give this run another name "
-            "(--set name=…)"
-        )
-    if fresh:
+    if fresh and not (directory / SWEEP).exists():
         for left in ("ray", "bundle", "evaluation"):
             shutil.rmtree(directory / left, ignore_errors=True)
-        for left in (_FILE, "train.log", "failure.txt", "training.json", "summary.json"):
+        for left in (_FILE, "train.log", FAILURE, "training.json", "summary.json"):
             (directory / left).unlink(missing_ok=True)
     check_claim(experiment, data_fingerprint, sweep)
     directory.mkdir(parents=True, exist_ok=True)

@@ -167,7 +167,7 @@ def table(trials: Sequence[Trial], best: Trial) -> str:
     rows = ["<tr>" + "".join(f"<th>{escape(cell)}" for cell in cells)]
     for trial in sorted(trials, key=lambda each: -each.best if each.curve else 1.0):
         value = f"{trial.best:.4f}" if trial.curve else "–"
-        outcome = trial.outcome if trial.error is None else f"failed: {trial.error.splitlines()[0]}"
+        outcome = trial.outcome if trial.error is None else f"failed: {(trial.error or 'unknown').splitlines()[0]}"
         epochs = f"{len(trial.curve)} of {trial.planned}"
         cells = [trial.name, *(_number(trial.parameters[name]) for name in names), epochs, value, outcome]
         style = ' class="best"' if trial is best else ""

@@ -15,14 +15,15 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from objectives.config import needs_rewards
+from objectives.config import ILRecConfig, needs_rewards
+from recommender.config import PresetBackbone
 from recommender.errors import UserError
 from trainer.cluster import check_resources, connect
 from trainer.collaborative import ensure_collaborative, export_collaborative
 from trainer.config import ClusterConfig, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
-from trainer.fit import check_model, export
+from trainer.fit import backbone_layers, check_model, export
 from trainer.launch import Trained, best_checkpoint, following
 from trainer.prepare import Say, prepare
 from trainer.run import SWEEP, check_claim, claim
@@ -55,17 +56,17 @@ def sweep(experiment: Experiment, say: Say = print, fresh: bool = False) -> Path
     config, corners = check_sweep(experiment)
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UserError("sweep.search: optuna is not installed; pip install optuna, or choose search: random")
-    for corner in corners:
-        check_model(corner)
     run, directory = experiment.run_dir, experiment.run_dir / SWEEP
     if (run / "ray").exists():
         raise UserError(f"{run} holds a run of `ilrec train`; give the sweep another name (--set name=…)")
     rewarded = [corner for corner in corners if _takes_rewards(corner)]
+    check_model((rewarded or [experiment])[0])
+    _check_layers(experiment, corners)
     owner = _placed((rewarded or [experiment])[0], SWEEP, run)
     if not fresh:
         check_claim(owner, sweep=config)
 
-    prepared = prepare(experiment, say, fresh)
+    prepared = prepare(experiment, say, fresh=True)  # this directory is a sweep's, as was just checked
     dataset = Dataset.load(prepared / "dataset")
     if not len(dataset.targets["validation"].position):
         raise UserError("data: there is no validation target, and the best trial is chosen on them; add data")
@@ -88,6 +89,16 @@ def sweep(experiment: Experiment, say: Say = print, fresh: bool = False) -> Path
         say("interrupted; the same command goes on")
         raise
     return _conclude(experiment, prepared, read_trials(experiment, results, directory), say)
+
+
+def _check_layers(experiment: Experiment, corners: list[Experiment]) -> None:
+    """Refuse layers that the backbone does not have. (An experiment with a preset has been checked already.)"""
+    if isinstance(experiment.backbone, PresetBackbone) and experiment.init_from is None:
+        return
+    layers = backbone_layers(experiment)
+    for corner in corners:
+        if isinstance(corner.objective, ILRecConfig):
+            corner.objective.intermediate_layers(layers)
 
 
 def concurrency(cluster: ClusterConfig, config: SweepConfig) -> int:

@@ -18,6 +18,7 @@ from trainer.cluster import connect
 from trainer.config import LanguageModelConfig
 from trainer.experiment import Experiment
 from trainer.launch import run_to_best, torch_trainer
+from trainer.run import FAILURE
 from tune.callbacks import EpochReports, StopOnRequest
 from tune.files import FAILED, FINISHED, PARAMETERS, STOP
 from tune.space import trial_experiment
@@ -61,7 +62,7 @@ def run_trial(
     connect()
     directory = Path(trials) / tune.get_context().get_trial_id()
     directory.mkdir(parents=True, exist_ok=True)
-    for left in (FAILED, STOP):
+    for left in (FAILED, FAILURE, STOP):
         (directory / left).unlink(missing_ok=True)
     if not (directory / PARAMETERS).exists():
         (directory / PARAMETERS).write_text(json.dumps(parameters))

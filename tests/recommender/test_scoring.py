@@ -83,6 +83,8 @@ def test_a_bundle_that_answers_otherwise_fails_its_golden_request(tiny_bundle: P
     with pytest.raises(UserError, match="golden request"):
         golden.check(Recommender.load(other))
     golden.check(Recommender.load(other, search=SearchConfig(score="full")))  # scores that were never recorded
+    hurried = Recommender.load(tiny_bundle).manifest.search.model_copy(update={"mode": "beam", "width": 1})
+    golden.check(Recommender.load(tiny_bundle, search=hurried))  # which lists others, and scores them alike
     manifest["golden"] = None
     (other / MANIFEST).write_text(json.dumps(manifest))
     golden.check(Recommender.load(other))

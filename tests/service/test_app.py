@@ -127,9 +127,9 @@ def test_bundles_are_swapped_without_a_failed_request(url: str, tiny_bundle: Pat
         asking = [clients.submit(ask) for _ in range(3)]
         deploy({"second": str(second), "first": str(tiny_bundle)})
         until(lambda: served_by() == ["second", "first"])
-        assert get(f"{url}/ready")["failed"] is None
+        assert get(f"{url}/ready")["swapped"]
         deploy({"wrong": str(wrong)})
-        until(lambda: "golden request" in str(get(f"{url}/ready")["failed"]))
+        until(lambda: "golden request" in str(get(f"{url}/v1/models")["failed"]))
         deploy({})
         until(lambda: "at least 1 item" in str(get(f"{url}/v1/models")["failed"]))
         stop.set()

@@ -241,4 +241,4 @@ def test_until_there_is_a_model_nothing_is_ready() -> None:
         assert client.post(URL, json=ASKED).headers["retry-after"] == "5"
         assert client.get("/v1/models").json() == {"models": [], "failed": None}
     with serving({"a": StandIn()}) as client:
-        assert client.get("/ready").json() == {"status": "ready", "models": ["a"], "failed": None}
+        assert client.get("/ready").json() == {"status": "ready", "models": ["a"], "swapped": True}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
 
@@ -70,6 +72,37 @@ def test_capped_lists_are_those_of_the_whole_ranking(client: TestClient, caps: d
         assert ids(answer) == [f"B{item:02}" for item in expected]
         assert answer.json()["exact"] is True
         assert answer.json()["complete"] is (len(expected) == k)
+
+
+def test_caps_go_down_the_whole_ranking() -> None:
+    """Item after item of one brand comes before the next brand; the fallback too."""
+    brands = np.repeat(np.arange(20), 15)
+    stand_in = StandIn()
+    names = [str(i) for i in range(300)]
+    stand_in.catalogue = Catalogue(names, names, pa.table({"brand": brands}), np.arange(300)[::-1].copy())
+    with serving({"a": stand_in}) as client:
+        for history in ([], ["0"]):
+            body = {"history": history, "k": 20, "max_per": {"brand": 1}, "exclude_seen": False}
+            answer = client.post(URL, json=body).json()
+            assert [brands[int(item["item_id"])] for item in answer["items"]] == list(range(20))
+            assert (answer["complete"], answer["exact"], answer["fallback"]) == (True, True, not history)
+
+
+def test_searches_of_a_capped_list_share_a_node_budget() -> None:
+    class Slow(StandIn):
+        """Each search expands 40 nodes."""
+
+        def recommend(self, *arguments: Any) -> list[Recommendation]:
+            return [replace(each, expansions=40) for each in super().recommend(*arguments)]
+
+    slow = Slow()
+    body = {"history": ["B00"], "k": 20, "max_per": {"decade": 1}}
+    with serving({"a": slow}) as client:
+        for budget, searched, exact in ((60, [60, 20], True), (40, [40], False)):
+            slow.searches.clear()
+            answer = client.post(URL, json=body | {"search": {"node_budget": budget}}).json()
+            assert [each.node_budget for each in slow.searches if each is not None] == searched
+            assert (answer["complete"], answer["exact"]) == (False, exact)
 
 
 def test_caps_and_columns_over_a_real_search(tiny_bundle: Path) -> None:

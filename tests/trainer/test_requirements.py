@@ -182,6 +182,15 @@ def test_matrix_products_are_those_that_pytorch_counts(
     assert needs.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
+def test_validation_at_stage_3_needs_a_whole_copy() -> None:
+    shape = Shape(13_000_000_000, 0, 12_000_000_000, 12_000_000_000, 5120, 40, 5120, 13824, 32_000)
+    training = TrainingConfig(zero_stage=3, precision="bfloat16", gradient_checkpointing=True)
+    of = memory(shape, training, workers=64, gpu=True, tokens=2000)
+    assert of.validation == 26e9
+    assert of.total > of.validation > of.activations + of.logits
+    assert memory(shape, training.model_copy(update={"zero_stage": 2}), 64, True, 2000).validation == 0
+
+
 def test_what_fits_is_the_smallest_change(one_step: Experiment, tiny_prepared: Path) -> None:
     needs = requirements(one_step, tiny_prepared)
     as_it_is = needs.memory().total
