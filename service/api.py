@@ -12,7 +12,7 @@ from fastapi import FastAPI, Query, Request, Response
 from pydantic import BaseModel, ValidationError
 
 from recommender.errors import UserError
-from service import problems, queries, schema
+from service import playground, problems, queries, schema
 from service.auth import Bearer, read_tokens
 from service.batching import Busy
 from service.limits import BodyLimit
@@ -60,6 +60,12 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
     api.add_middleware(RequestLog, metrics=models.metrics, answer_id=answer_request_id)  # around the others
     problems.install(api)
     refusals = _problems(400, 413, 415, 422, 503, 504)
+
+    page, page_headers = playground.page()
+
+    @api.get("/", include_in_schema=False)
+    async def try_it() -> Response:
+        return Response(page, headers=page_headers, media_type="text/html")
 
     @api.post(
         "/v1/recommendations",
