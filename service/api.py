@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import FastAPI, Query, Request, Response
 from pydantic import BaseModel, ValidationError
 
+from recommender.columns import values_of
 from recommender.errors import UserError
 from service import playground, problems, queries, schema
 from service.auth import Bearer, read_tokens
@@ -273,12 +274,10 @@ def _ranked(served: Served, items: Sequence[int], scores: Sequence[float]) -> li
 
 def _item(served: Served, item: int) -> schema.Item:
     catalogue = served.catalogue
-    row = {} if catalogue.columns is None else catalogue.columns.slice(item, 1).to_pylist()[0]
-    shown = {name: value for name, value in row.items() if not isinstance(value, bytes)}
     return schema.Item(
         item_id=catalogue.item_ids[item],
         title=catalogue.titles[item],
-        columns={name: value for name, value in shown.items() if name not in ("item_id", "title")},
+        columns=values_of(catalogue, item),
         popularity=None if catalogue.popularity is None else int(catalogue.popularity[item]),
     )
 
