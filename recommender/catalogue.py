@@ -28,7 +28,10 @@ def normalise_title(raw: str) -> str:
     Feeds from shops are escaped once, twice or not at all ("&amp;amp;"), hence the loop.
     """
     for _ in range(4):
-        unescaped = html.unescape(raw)
+        try:
+            unescaped = html.unescape(raw)
+        except ValueError:  # "&#999…;" with more digits than Python reads as a number
+            break
         if unescaped == raw:
             break
         raw = unescaped

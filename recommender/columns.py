@@ -58,6 +58,32 @@ def columns_of(catalogue: Catalogue) -> dict[str, Column]:
     return dict(_columns(catalogue)) if catalogue.columns is not None else {}
 
 
+def values_of(catalogue: Catalogue, item: int) -> dict[str, Any]:
+    """What an item has in each column, as it can be filtered by: dates as text. Bytes are left out."""
+    if catalogue.columns is None:
+        return {}
+    row = catalogue.columns.slice(item, 1)
+    shown = [field.name for field in row.schema if field.name not in ("item_id", "title") and not _binary(field.type)]
+    return {name: _legible(row[name]).to_pylist()[0] for name in shown}
+
+
+def _binary(kind: pa.DataType) -> bool:
+    """Whether values hold bytes, at any depth."""
+    if kind.num_fields:
+        return any(_binary(kind.field(place).type) for place in range(kind.num_fields))
+    return "binary" in str(kind)
+
+
+def _legible(array: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Dates as text. Not all that Arrow holds are dates to Python."""
+    if pa.types.is_temporal(array.type):
+        return array.cast(pa.string())
+    lists = pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
+    if lists and pa.types.is_temporal(array.type.value_type):
+        return array.cast(pa.large_list(pa.string()))
+    return array
+
+
 def _columns(catalogue: Catalogue) -> Iterator[tuple[str, Column]]:
     assert catalogue.columns is not None
     for name in catalogue.columns.column_names:

@@ -11,8 +11,9 @@ from typing import Annotated, Any, TypeVar
 from fastapi import FastAPI, Query, Request, Response
 from pydantic import BaseModel, ValidationError
 
+from recommender.columns import values_of
 from recommender.errors import UserError
-from service import problems, queries, schema
+from service import playground, problems, queries, schema
 from service.auth import Bearer, read_tokens
 from service.batching import Busy
 from service.limits import BodyLimit
@@ -60,6 +61,12 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
     api.add_middleware(RequestLog, metrics=models.metrics, answer_id=answer_request_id)  # around the others
     problems.install(api)
     refusals = _problems(400, 413, 415, 422, 503, 504)
+
+    page, page_headers = playground.page()
+
+    @api.get("/", include_in_schema=False)
+    async def try_it() -> Response:
+        return Response(page, headers=page_headers, media_type="text/html")
 
     @api.post(
         "/v1/recommendations",
@@ -269,12 +276,10 @@ def _ranked(served: Served, items: Sequence[int], scores: Sequence[float]) -> li
 
 def _item(served: Served, item: int) -> schema.Item:
     catalogue = served.catalogue
-    row = {} if catalogue.columns is None else catalogue.columns.slice(item, 1).to_pylist()[0]
-    shown = {name: value for name, value in row.items() if not isinstance(value, bytes)}
     return schema.Item(
         item_id=catalogue.item_ids[item],
         title=catalogue.titles[item],
-        columns={name: value for name, value in shown.items() if name not in ("item_id", "title")},
+        columns=values_of(catalogue, item),
         popularity=None if catalogue.popularity is None else int(catalogue.popularity[item]),
     )
 

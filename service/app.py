@@ -216,7 +216,7 @@ def _reason(message: str, bundle: str | Path) -> str:
 
 def _greeting(config: ServingConfig) -> str:
     url = f"http://{'127.0.0.1' if config.host == '0.0.0.0' else config.host}:{config.port}"
-    return f"""ready: {url}  (documentation: {url}/docs)
+    return f"""ready: {url}  (a page to try it; documentation: {url}/docs)
 
 curl -s {url}/v1/recommendations -H 'content-type: application/json' \\
      -d '{{"history": ["<item id or title>"], "k": 5}}'

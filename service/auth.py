@@ -14,7 +14,7 @@ from recommender.errors import UserError
 from service.config import ServingConfig
 from service.problems import Problem
 
-OPEN_PATHS = ("/health", "/ready")  # probes bring no tokens
+OPEN_PATHS = ("/", "/health", "/ready")  # browsers and probes bring no tokens
 
 
 def read_tokens(config: ServingConfig) -> list[bytes]:
@@ -47,7 +47,7 @@ def _path(scope: Scope) -> str:
 
 
 class Bearer:
-    """ASGI middleware that lets in requests with a known token, and probes."""
+    """ASGI middleware that lets in requests with a known token, and those that see nothing."""
 
     def __init__(self, app: ASGIApp, digests: list[bytes]):
         self.app = app
