@@ -49,12 +49,8 @@ def _key(value: Value) -> tuple[bool, Value]:
     return isinstance(value, bool), value
 
 
-def _iso(value: Any) -> str:
-    return str(value.isoformat() if hasattr(value, "isoformat") else value)
-
-
 def columns_of(catalogue: Catalogue) -> dict[str, Column]:
-    """The columns that can be filtered by: text, numbers, truth values, dates (as ISO text), and lists of these."""
+    """The columns that can be filtered by: text, numbers, truth values, dates (as text), and lists of these."""
     return dict(_columns(catalogue)) if catalogue.columns is not None else {}
 
 
@@ -100,7 +96,7 @@ def _column(chunked: pa.ChunkedArray) -> Column | None:
     if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
         owner, array = pc.list_parent_indices(array).to_numpy(zero_copy_only=False), pc.list_flatten(array)
     if pa.types.is_temporal(array.type):
-        array = pa.array([None if value is None else _iso(value) for value in array.to_pylist()], pa.string())
+        array = array.cast(pa.string())
     kind = array.type
     if not (
         pa.types.is_string(kind)

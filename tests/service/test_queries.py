@@ -74,6 +74,30 @@ def test_capped_lists_are_those_of_the_whole_ranking(client: TestClient, caps: d
         assert answer.json()["complete"] is (len(expected) == k)
 
 
+def test_values_are_what_they_are() -> None:
+    """Truth values are no numbers, a date is what the item shows, and an item counts once for a value it has twice."""
+    stand_in = StandIn()
+    columns = pa.table(
+        {
+            "stock": [True, False, True],
+            "size": [1, 0, 2],
+            "since": pa.array([0, 86_400, 0], pa.timestamp("s")),
+            "tags": [["a", "a"], ["a"], ["b"]],
+        }
+    )
+    stand_in.catalogue = Catalogue(["0", "1", "2"], ["x", "y", "z"], columns)
+    with serving({"a": stand_in}) as client:
+
+        def found(**asked: Any) -> list[str]:
+            return ids(client.post(URL, json={"history": ["0"], "k": 3, "exclude_seen": False, **asked}))
+
+        assert found(where={"stock": [True]}) == ["0", "2"]
+        assert found(where={"stock": [1]}) == found(where={"size": [True]}) == []
+        since = client.get("/v1/items/1").json()["columns"]["since"]
+        assert found(where={"since": [since]}) == ["1"]
+        assert found(max_per={"tags": 2}) == ["0", "1", "2"]
+
+
 def test_caps_go_down_the_whole_ranking() -> None:
     """Item after item of one brand comes before the next brand; the fallback too."""
     brands = np.repeat(np.arange(20), 15)
