@@ -116,7 +116,10 @@ def train(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  #
 
     check_model(experiment)
     bundle = fit(experiment, write_prepared(experiment, _say, fresh), _say, fresh)
-    _say(f"bundle: {bundle}\nnext: ilrec evaluate {config}, or ilrec serve {bundle}")
+    _say(
+        f"bundle: {bundle}\nreport: {experiment.run_dir}/report.html\n"
+        f"next: ilrec evaluate {config}, or ilrec serve {bundle}"
+    )
 
 
 @app.command()
@@ -181,6 +184,8 @@ def evaluate(
     from deploy.demo import print_report
     from trainer.evaluation import compare
     from trainer.evaluation import evaluate as rank_all
+    from trainer.report import write_report
+    from trainer.run import SWEEP
 
     chosen = (bundle or experiment.run_dir / "bundle").expanduser().absolute()
     out = chosen.parent / "evaluation"
@@ -204,6 +209,8 @@ def evaluate(
         f"invalid {report.invalid_rate:.1%}, {report.expansions:.1f} expansions a list"
     )
     _say(f"saved: {out}/{split}.json, .parquet")
+    if out.parent == experiment.run_dir and not (experiment.run_dir / SWEEP).exists():  # which has a report of its own
+        _say(f"report: {write_report(experiment)}")
     if against is not None:
         found = compare(out / f"{split}.parquet", against)
         low, high = found["interval"]

@@ -85,7 +85,7 @@ def claim(experiment: Experiment, data_fingerprint: str, fresh: bool, sweep: Swe
     if fresh:
         for left in ("ray", "bundle", "evaluation"):
             shutil.rmtree(directory / left, ignore_errors=True)
-        for left in (_FILE, "train.log", "failure.txt", "training.json", "summary.json"):
+        for left in (_FILE, "train.log", "failure.txt", "training.json", "summary.json", "report.html"):
             (directory / left).unlink(missing_ok=True)
     check_claim(experiment, data_fingerprint, sweep)
     directory.mkdir(parents=True, exist_ok=True)
