@@ -56,6 +56,19 @@ ilrec jobs stop raysubmit_x""",
 )
 app.add_typer(jobs_app, name="jobs")
 
+runs_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="""List and compare runs, and remove what finished ones no longer need.
+
+\b
+ilrec runs list
+ilrec runs compare demo demo-sasrec
+ilrec runs prune --storage /mnt/runs""",
+)
+app.add_typer(runs_app, name="runs")
+Storage = Annotated[Path, typer.Option(help="Where the runs lie: cluster.storage of their experiments.")]
+
 
 def _say(text: str) -> None:
     print(text, flush=True)
@@ -458,6 +471,36 @@ def stop(job: Job, address: Address) -> None:
     from deploy import jobs
 
     jobs.stop(jobs.connect(address), job, _say)
+
+
+@runs_app.command("list")
+def list_runs(storage: Storage = Path("runs")) -> None:
+    """All runs of a storage: what they are, how far they got, what they reached, what they take."""
+    from deploy.runs import print_runs
+
+    print_runs(storage, _say)
+
+
+@runs_app.command("compare")
+def compare_runs(
+    names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="Names in the storage, or paths.")],
+    storage: Storage = Path("runs"),
+) -> None:
+    """The fields in which runs differ, their metrics, and the first's paired difference to each of the others."""
+    from deploy.runs import print_comparison
+
+    print_comparison(storage, names, _say)
+
+
+@runs_app.command()
+def prune(
+    storage: Storage = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove the checkpoints of finished runs and what interrupted writes left; shows how much it is, and asks."""
+    from deploy.runs import prune as prune_runs
+
+    prune_runs(storage, yes, typer.confirm, _say)
 
 
 def main() -> NoReturn:
