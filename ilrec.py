@@ -56,6 +56,19 @@ ilrec jobs stop raysubmit_x""",
 )
 app.add_typer(jobs_app, name="jobs")
 
+runs_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="""List and compare runs, and remove what finished ones no longer need.
+
+\b
+ilrec runs list
+ilrec runs compare demo demo-sasrec
+ilrec runs prune --storage /mnt/runs""",
+)
+app.add_typer(runs_app, name="runs")
+Storage = Annotated[Path, typer.Option(help="Where the runs lie: cluster.storage of their experiments.")]
+
 
 def _say(text: str) -> None:
     print(text, flush=True)
@@ -116,7 +129,10 @@ def train(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  #
 
     check_model(experiment)
     bundle = fit(experiment, write_prepared(experiment, _say, fresh), _say, fresh)
-    _say(f"bundle: {bundle}\nnext: ilrec evaluate {config}, or ilrec serve {bundle}")
+    _say(
+        f"bundle: {bundle}\nreport: {experiment.run_dir}/report.html\n"
+        f"next: ilrec evaluate {config}, or ilrec serve {bundle}"
+    )
 
 
 @app.command()
@@ -181,6 +197,8 @@ def evaluate(
     from deploy.demo import print_report
     from trainer.evaluation import compare
     from trainer.evaluation import evaluate as rank_all
+    from trainer.report import write_report
+    from trainer.run import SWEEP
 
     chosen = (bundle or experiment.run_dir / "bundle").expanduser().absolute()
     out = chosen.parent / "evaluation"
@@ -204,6 +222,8 @@ def evaluate(
         f"invalid {report.invalid_rate:.1%}, {report.expansions:.1f} expansions a list"
     )
     _say(f"saved: {out}/{split}.json, .parquet")
+    if out.parent == experiment.run_dir and not (experiment.run_dir / SWEEP).exists():  # which has a report of its own
+        _say(f"report: {write_report(experiment)}")
     if against is not None:
         found = compare(out / f"{split}.parquet", against)
         low, high = found["interval"]
@@ -457,6 +477,36 @@ def stop(job: Job, address: Address) -> None:
     from deploy import jobs
 
     jobs.stop(jobs.connect(address), job, _say)
+
+
+@runs_app.command("list")
+def list_runs(storage: Storage = Path("runs")) -> None:
+    """All runs of a storage: what they are, how far they got, what they reached, what they take."""
+    from deploy.runs import print_runs
+
+    print_runs(storage, _say)
+
+
+@runs_app.command("compare")
+def compare_runs(
+    names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="Names in the storage, or paths.")],
+    storage: Storage = Path("runs"),
+) -> None:
+    """The fields in which runs differ, their metrics, and the first's paired difference to each of the others."""
+    from deploy.runs import print_comparison
+
+    print_comparison(storage, names, _say)
+
+
+@runs_app.command()
+def prune(
+    storage: Storage = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove the checkpoints of finished runs and what interrupted writes left; shows how much it is, and asks."""
+    from deploy.runs import prune as prune_runs
+
+    prune_runs(storage, yes, typer.confirm, _say)
 
 
 def main() -> NoReturn:

@@ -18,6 +18,7 @@ from trainer.experiment import Experiment
 from trainer.fit import check_model, train
 from trainer.prepare import Say, prepare
 from trainer.ranking import held_out
+from trainer.report import write_report
 
 
 def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[str, Any]:
@@ -50,6 +51,7 @@ def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[s
         experiment.cluster,
         say,
     )
+    page = write_report(experiment)
     history, answer = timed("serve", ask, experiment, bundle, Dataset.load(prepared / "dataset"))
 
     metrics = dict(report.metrics)
@@ -74,7 +76,7 @@ def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[s
     path.write_text(json.dumps(summary, indent=2))
     say("seconds: " + ", ".join(f"{stage} {value}" for stage, value in seconds.items()))
     say(f"everything lies in {experiment.run_dir}")
-    say(f"  bundle      {bundle}\n  evaluation  {evaluation}\n  summary     {path}")
+    say(f"  report      {page}\n  bundle      {bundle}\n  evaluation  {evaluation}\n  summary     {path}")
     say(f"serve it again: ilrec serve {bundle}")
     return summary
 

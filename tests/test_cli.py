@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
 VERBS = [
     *("simulate", "prepare", "train", "tune", "evaluate", "recommend", "serve", "export", "extend", "schema", "demo"),
-    *("plan", "submit", "jobs"),
+    *("plan", "submit", "jobs", "runs"),
 ]
 HEAVY = {"torch", "transformers", "ray", "deepspeed", "pyarrow", "peft"}
 

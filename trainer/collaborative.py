@@ -19,11 +19,12 @@ from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.launch import Trained, run_to_best, torch_trainer
 from trainer.prepare import Say
+from trainer.report import write_report
 from trainer.run import claim
 
 
 def fit_collaborative(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool = False) -> Path:
-    """Train the experiment's collaborative recommender on Ray and write the best epoch as a bundle.
+    """Train the experiment's collaborative recommender on Ray, write the best epoch as a bundle, draw the run's report.
 
     A run that was interrupted goes on from its latest epoch when called again; a finished one is not repeated.
 
@@ -43,7 +44,9 @@ def fit_collaborative(experiment: Experiment, prepared: Path, say: Say = print, 
     connect()
     check_resources(experiment.cluster, experiment.cluster.workers)
     claim(experiment, dataset.fingerprint, fresh)
-    return _fit(experiment, dataset, prepared, say)
+    bundle = _fit(experiment, dataset, prepared, say)
+    write_report(experiment)
+    return bundle
 
 
 def ensure_collaborative(experiment: Experiment, prepared: Path, say: Say = print) -> Path:

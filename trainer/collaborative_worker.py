@@ -29,6 +29,7 @@ from recommender.collaborative.recommender import CollaborativeRecommender, buil
 from recommender.errors import UserError
 from recommender.metrics import metric_values
 from trainer.config import EvaluationConfig, LanguageModelConfig
+from trainer.curves import Curves
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.ranking import HeldOut, held_out, ranks_of
@@ -91,6 +92,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
             state = load(Path(directory), model, optimiser)
         say(f"resumed after epoch {len(state['epochs'])} of {config.epochs}")
 
+    curves = Curves(log.parent, rank, state["step"])
     while len(state["epochs"]) < config.epochs and state["stale"] < config.patience:
         number = len(state["epochs"])
         epoch = windows.epoch(number)
@@ -115,13 +117,16 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
             if time.monotonic() - said > Meter.EVERY:
                 said = time.monotonic()
                 say(f"epoch {number + 1}/{config.epochs} step {done}/{len(epoch.steps)}: loss {loss / counted:.4f}")
+                curves.add("training", {"loss": loss / counted}, state["step"])
         trained = time.monotonic()
         metrics = validate(recommender, mine, experiment.evaluation, device)
         improved = metrics[SELECTION] > state["best"]
         state["best"] = max(state["best"], metrics[SELECTION])
         state["stale"] = 0 if improved else state["stale"] + 1
-        summary = {"epoch": number + 1, "step": state["step"], "loss": loss / counted, **metrics}
-        summary |= {"train_seconds": trained - started, "validation_seconds": time.monotonic() - trained}
+        found = {"loss": loss / counted, **metrics}
+        found |= {"train_seconds": trained - started, "validation_seconds": time.monotonic() - trained}
+        curves.add("epoch", found, state["step"])
+        summary = {"epoch": number + 1, "step": state["step"], **found}
         state["epochs"].append(summary)
         say(
             f"epoch {number + 1}/{config.epochs}: loss {summary['loss']:.4f} in {summary['train_seconds']:.1f} s, "

@@ -65,7 +65,10 @@ def evaluate(
     say: Say,
     search: SearchConfig | None = None,
 ) -> Report:
-    """Rank every target of a split with a bundle and write `<split>.json` and per-target `<split>.parquet`.
+    """Rank every target of a split with a bundle and write `<split>.json` and `<split>.parquet`.
+
+    The latter has a row a target: its rank and the list that was recommended, its history's length and how often the
+    target occurs in training.
 
     Args:
         search: in place of the bundle's own search settings.
@@ -147,6 +150,7 @@ def _rank(
     chunks: Iterator[np.ndarray] = iter(np.array_split(order, max(workers, math.ceil(total / (4 * config.batch)))))
     ranks, exact = np.zeros(total, np.int64), np.zeros(total, bool)
     expansions, invalid, done = np.zeros(total, np.int64), 0, 0
+    items = np.full((total, k), -1, np.int32)
     running = {}
     started = said = time.monotonic()
 
@@ -161,7 +165,7 @@ def _rank(
         worker, at = running.pop(ready)
         answer: Ranking = ray.get(ready)
         dispatch(worker)
-        ranks[at], exact[at], expansions[at] = answer.ranks, answer.exact, answer.expansions
+        ranks[at], exact[at], expansions[at], items[at] = answer.ranks, answer.exact, answer.expansions, answer.items
         invalid += answer.invalid
         done += len(at)
         if time.monotonic() - said > 10:
@@ -170,7 +174,7 @@ def _rank(
             say(f"{split}: ranked {done}/{total}, {rate:.0f}/s, {(total - done) / rate:.0f} s left")
     for worker in actors:
         ray.kill(worker)
-    return Ranking(ranks, exact, expansions, invalid)
+    return Ranking(ranks, exact, expansions, items, invalid)
 
 
 class _RankingWorker:
@@ -195,6 +199,9 @@ def _write_per_target(
     dataset: Dataset, split: str, targets: HeldOut, ranking: Ranking, popular: np.ndarray, path: Path
 ) -> None:
     sequences = dataset.targets[split].sequence[targets.numbers]
+    listed = (ranking.items >= 0) & (ranking.items < len(dataset.item_ids))
+    offsets = np.concatenate([[0], np.cumsum(listed.sum(1))]).astype(np.int32)
+    items = pa.array(dataset.item_ids).take(pa.array(ranking.items[listed]))
     table = pa.table(
         {
             "user_id": [dataset.users[s] for s in sequences],
@@ -203,6 +210,9 @@ def _write_per_target(
             "exact": ranking.exact,
             "expansions": ranking.expansions,
             "most_popular_rank": popular,
+            "history_length": [len(history) for history in targets.histories],
+            "target_popularity": dataset.popularity()[targets.targets],
+            "recommended": pa.ListArray.from_arrays(offsets, items),
         }
     )
     pq.write_table(table, path)

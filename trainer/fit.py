@@ -25,12 +25,13 @@ from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.launch import run_to_best, torch_trainer
 from trainer.prepare import Say
+from trainer.report import write_report
 from trainer.run import check_claim, claim
 from trainer.worker import TOO_LARGE, starting_backbone
 
 
 def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool = False) -> Path:
-    """Train on Ray and export the best checkpoint as a bundle.
+    """Train on Ray, export the best checkpoint as a bundle, and draw the run's report.
 
     A run that was interrupted goes on from its latest checkpoint when called again; a finished one is not repeated.
 
@@ -61,7 +62,9 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
     log = experiment.run_dir / "train.log"
     trainer = torch_trainer(experiment, prepared, log, collaborative=collaborative)
     trained = run_to_best(trainer, log, say, TOO_LARGE)
-    return export(experiment, prepared, trained.checkpoint, trained.metrics, trained.history)
+    bundle = export(experiment, prepared, trained.checkpoint, trained.metrics, trained.history)
+    write_report(experiment)
+    return bundle
 
 
 def check_model(experiment: Experiment) -> None:

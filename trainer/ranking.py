@@ -52,12 +52,14 @@ class Ranking:
         ranks: int64 [M]; rank of the target, 0 where it is not among the K.
         exact: bool [M]; whether the list is proven to be the true top-K.
         expansions: int64 [M]; trie nodes expanded.
+        items: int32 [M, K]; the listed items, best first, −1 where there are fewer.
         invalid: number of listed items that are not in the catalogue, twice in a list, or excluded.
     """
 
     ranks: np.ndarray
     exact: np.ndarray
     expansions: np.ndarray
+    items: np.ndarray
     invalid: int
 
 
@@ -76,6 +78,7 @@ def ranks_of(
     ranks = np.zeros(len(split), np.int64)
     exact = np.zeros(len(split), bool)
     expansions = np.zeros(len(split), np.int64)
+    items = np.full((len(split), k), -1, np.int32)
     invalid = 0
     order = np.argsort([-len(h) for h in split.histories], kind="stable")
     for begin in range(0, len(order), batch):
@@ -87,8 +90,9 @@ def ranks_of(
             ranks[i] = answer.items.index(target) + 1 if target in answer.items else 0
             exact[i] = answer.exact
             expansions[i] = answer.expansions
+            items[i, : len(answer.items)] = answer.items
             listed = set(answer.items)
             outside = sum(not 0 <= item < len(recommender.catalogue) for item in listed)
             invalid += len(answer.items) - len(listed) + outside + len(listed & excluded)
         progress(min(begin + batch, len(order)))
-    return Ranking(ranks, exact, expansions, invalid)
+    return Ranking(ranks, exact, expansions, items, invalid)

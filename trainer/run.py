@@ -16,7 +16,8 @@ from trainer.sweep_config import SweepConfig
 
 SWEEP = "tune"  # the directory of a run that is a sweep
 FAILURE = "failure.txt"  # beside the run's log: why training failed
-_FILE = "experiment.json"
+CHECKPOINTS = "ray"  # of Ray Train, or of Ray Tune in a sweep's
+IDENTITY = "experiment.json"
 _FINGERPRINT = "data fingerprint"
 _SHARED = ("world", "data", "recommender", "evaluation")  # evaluation, as validation chooses the epoch
 _LANGUAGE_MODEL = (*_SHARED, "identifier", "prompt", "backbone", "init_from", "objective", "training")
@@ -53,9 +54,9 @@ def check_claim(experiment: Experiment, data_fingerprint: str | None = None, swe
             f"{directory} holds a sweep (`ilrec tune`), whose best trial is its bundle; give this run another name "
             "(--set name=…)"
         )
-    if not (directory / _FILE).exists() or not (directory / "ray").exists():
+    if not (directory / IDENTITY).exists() or not (directory / CHECKPOINTS).exists():
         return
-    mine, theirs = _identity(experiment, data_fingerprint, sweep), json.loads((directory / _FILE).read_text())
+    mine, theirs = _identity(experiment, data_fingerprint, sweep), json.loads((directory / IDENTITY).read_text())
     if data_fingerprint is None:
         mine[_FINGERPRINT] = theirs.get(_FINGERPRINT)
     changed = [
@@ -83,13 +84,13 @@ def claim(experiment: Experiment, data_fingerprint: str, fresh: bool, sweep: Swe
     """
     directory = experiment.run_dir
     if fresh and not (directory / SWEEP).exists():
-        for left in ("ray", "bundle", "evaluation"):
+        for left in (CHECKPOINTS, "bundle", "evaluation", "tensorboard"):
             shutil.rmtree(directory / left, ignore_errors=True)
-        for left in (_FILE, "train.log", FAILURE, "training.json", "summary.json"):
+        for left in (IDENTITY, "train.log", FAILURE, "training.json", "summary.json", "report.html"):
             (directory / left).unlink(missing_ok=True)
     check_claim(experiment, data_fingerprint, sweep)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / _FILE).write_text(json.dumps(_identity(experiment, data_fingerprint, sweep), indent=2))
+    (directory / IDENTITY).write_text(json.dumps(_identity(experiment, data_fingerprint, sweep), indent=2))
 
 
 def _identity(experiment: Experiment, data_fingerprint: str | None, sweep: SweepConfig | None) -> dict[str, Any]:

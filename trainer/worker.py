@@ -33,6 +33,7 @@ from recommender.recommender import Recommender, starting_point
 from recommender.tree import PADDING_MULTIPLE, Row, collate
 from trainer import checkpoint
 from trainer.config import TrainingConfig
+from trainer.curves import Curves
 from trainer.data.dataset import Dataset
 from trainer.engine import build_engine, copy_weights, loss_scale, set_learning_rate
 from trainer.experiment import Experiment
@@ -113,20 +114,24 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
         objective.state = state.get("objective", objective.state)
         say(f"resumed at step {state['step']} of {total_steps}")
 
+    curves = Curves(log.parent, rank, state["step"])
     started, first_step = time.monotonic(), state["step"]
     while state["step"] < total_steps and state["stale"] < training.patience:
         epoch = state["step"] // plan.steps_per_epoch
         steps = heaviest_first(plan.epoch(epoch), rows.lengths) if epoch == 0 else plan.epoch(epoch)
-        meter = Meter(say, state["sums"], training.epochs, plan.steps_per_epoch, total_steps, first_step, started)
+        meter = Meter(
+            say, curves, state["sums"], training.epochs, plan.steps_per_epoch, total_steps, first_step, started
+        )
         for step in steps[state["step"] % plan.steps_per_epoch :]:
             torch.manual_seed((training.seed * 1_000_003 + state["step"]) * 1024 + rank)  # dropout, also after a resume
-            set_learning_rate(engine, learning_rate(training, state["step"], total_steps))
+            rate = learning_rate(training, state["step"], total_steps)
+            set_learning_rate(engine, rate)
             means = objective.advance(optimiser_step(engine, module, step, rows), step.counted)
             if not math.isfinite(means["loss"]):
                 raise_non_finite(state["step"], step, means)
             state["step"] += 1
             state["objective"] = objective.state
-            meter.update(state["step"], step, int(rows.lengths[step.rows].sum()), means)
+            meter.update(state["step"], step, int(rows.lengths[step.rows].sum()), means, rate)
             inside = state["step"] % plan.steps_per_epoch
             if training.checkpoint_every and inside and inside % training.checkpoint_every == 0:
                 # Worse than any validated checkpoint: it is only kept while it is the latest.
@@ -135,7 +140,9 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
         improved = metrics[SELECTION] > state["best"]
         state["best"] = max(state["best"], metrics[SELECTION])
         state["stale"] = 0 if improved else state["stale"] + 1
-        summary = {"epoch": epoch + 1, "step": state["step"], **meter.epoch_means(), **metrics}
+        found = meter.epoch_means() | metrics
+        curves.add("epoch", found, state["step"])
+        summary = {"epoch": epoch + 1, "step": state["step"], **found}
         state["epochs"], state["sums"] = [*state["epochs"], summary], {}
         say(
             f"epoch {epoch + 1}/{training.epochs}: loss {summary['loss']:.4f} in {summary['train_seconds']:.0f} s, "
@@ -299,7 +306,7 @@ class Progress:
 
 
 class Meter:
-    """Throughput, loss and time left, said every few seconds, and an epoch's means.
+    """Throughput, loss and time left, said and drawn every few seconds, and an epoch's means.
 
     Args:
         sums: of the epoch so far, by name, and "counted", what they are divided by; added to in place. Checkpoints hold
@@ -311,6 +318,7 @@ class Meter:
     def __init__(
         self,
         say: Progress,
+        curves: Curves,
         sums: dict[str, float],
         epochs: int,
         per_epoch: int,
@@ -318,23 +326,26 @@ class Meter:
         first: int,
         started: float,
     ):
-        self._say, self._sums, self._epochs = say, sums, epochs
+        self._say, self._curves, self._sums, self._epochs = say, curves, sums, epochs
         self._per_epoch, self._total, self._first, self._started = per_epoch, total, first, started
         self._begin = self._said = time.monotonic()
         self._tokens = 0
 
-    def update(self, done: int, step: Step, tokens: int, means: dict[str, float]) -> None:
+    def update(self, done: int, step: Step, tokens: int, means: dict[str, float], rate: float) -> None:
         self._tokens += tokens
         for name, mean in {"counted": 1.0, **means}.items():
             self._sums[name] = self._sums.get(name, 0.0) + mean * step.counted
         now = time.monotonic()
         if now - self._said >= self.EVERY:
             self._said = now
+            throughput = self._tokens / (now - self._begin)
             left = (now - self._started) / max(done - self._first, 1) * (self._total - done) / 60
             self._say(
                 f"epoch {(done - 1) // self._per_epoch + 1}/{self._epochs} step {done}/{self._total}: loss "
-                f"{means['loss']:.4f}, {self._tokens / (now - self._begin):,.0f} tokens/s, at most {left:.1f} min left"
+                f"{means['loss']:.4f}, {throughput:,.0f} tokens/s, at most {left:.1f} min left"
             )
+            drawn = {"learning_rate": rate, "tokens_per_second": throughput}
+            self._curves.add("training", means | drawn, done)
 
     def epoch_means(self) -> dict[str, float]:
         seconds = time.monotonic() - self._begin

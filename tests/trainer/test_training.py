@@ -22,6 +22,7 @@ from recommender.config import LoraConfig
 from recommender.errors import UserError
 from recommender.recommender import Recommender
 from tests.brute_force import BruteForce
+from tests.event_files import points
 from trainer import fit
 from trainer.checkpoint import read_state
 from trainer.data.config import InteractionsData
@@ -316,6 +317,15 @@ def test_killed_twice_and_resumed_elsewhere_equals_undisturbed(
     assert len(curve(last(run))) == 3
 
 
+def test_curves_have_each_epoch_once(disturbed: tuple[Experiment, Path]) -> None:
+    run, _ = disturbed
+    history = json.loads((run.run_dir / "training.json").read_text())
+    drawn = points(run.run_dir / "tensorboard")
+    for name in ("loss", "validation_NDCG@10"):
+        expected = [(epoch["step"], pytest.approx(epoch[name])) for epoch in history]
+        assert drawn[f"epoch/{name.replace('@', '_')}"] == expected
+
+
 def test_a_finished_run_is_exported_again_but_not_trained(
     undisturbed: Experiment, repeated: tuple[Experiment, str, str]
 ) -> None:
@@ -373,6 +383,7 @@ def test_the_best_checkpoint_is_exported(undisturbed: Experiment, report: Report
     assert recommender.catalogue.popularity.sum() > 0
     assert best["epoch"] != 3  # else this test would not tell the best from the last
     assert manifest.metrics["validation_NDCG@10"] == best["validation_NDCG@10"]
+    assert f"Marked: epoch {best['epoch']}," in (run.run_dir / "report.html").read_text()
     exported = load_file(run.run_dir / "bundle" / "model.safetensors")
     saved = weights(last(run, best["step"]))
     names = [name for name in saved if name.startswith("weight/")]
