@@ -69,7 +69,9 @@ def prune(storage: Path, agreed: bool, confirm: Callable[[str], bool], say: Say)
         return
     Console().print(table)
     total = bytes_shown(sum(amount for _, amount in found))
-    say("Bundles, prepared data and evaluations stay. A run without checkpoints cannot go on; training starts it over.")
+    say(
+        "Bundles, prepared data and evaluations stay. A run without checkpoints is finished; `ilrec train --fresh` starts it over."
+    )
     if not (agreed or confirm(f"Remove {total}?")):
         say("nothing was removed")
         return

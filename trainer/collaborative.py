@@ -20,7 +20,7 @@ from trainer.experiment import Experiment
 from trainer.launch import Trained, run_to_best, torch_trainer
 from trainer.prepare import Say
 from trainer.report import write_report
-from trainer.run import claim
+from trainer.run import check_claim, claim, pruned
 
 
 def fit_collaborative(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool = False) -> Path:
@@ -41,6 +41,10 @@ def fit_collaborative(experiment: Experiment, prepared: Path, say: Say = print, 
     dataset = Dataset.load(prepared / "dataset")
     if not len(dataset.targets["validation"].position):
         raise UserError("data: there is no validation target, and the best epoch is chosen on them; add data")
+    if not fresh:
+        check_claim(experiment, dataset.fingerprint)
+        if (bundle := pruned(experiment)) is not None:
+            return bundle
     connect()
     check_resources(experiment.cluster, experiment.cluster.workers)
     claim(experiment, dataset.fingerprint, fresh)

@@ -26,7 +26,7 @@ from trainer.experiment import Experiment
 from trainer.launch import run_to_best, torch_trainer
 from trainer.prepare import Say
 from trainer.report import write_report
-from trainer.run import check_claim, claim
+from trainer.run import check_claim, claim, pruned
 from trainer.worker import TOO_LARGE, starting_backbone
 
 
@@ -53,6 +53,8 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
     check_model(experiment)
     if not fresh:
         check_claim(experiment, dataset.fingerprint)  # before a collaborative model is trained for it
+        if (bundle := pruned(experiment)) is not None:
+            return bundle
     connect()
     check_resources(experiment.cluster, experiment.cluster.workers)
     collaborative = None

@@ -72,6 +72,12 @@ def check_claim(experiment: Experiment, data_fingerprint: str | None = None, swe
         )
 
 
+def pruned(experiment: Experiment) -> Path | None:
+    """The bundle of a finished run whose checkpoints were removed, so that there is nothing to go on from."""
+    checkpoints, bundle = experiment.run_dir / CHECKPOINTS, experiment.run_dir / "bundle"
+    return bundle if bundle.exists() and checkpoints.is_dir() and not any(checkpoints.iterdir()) else None
+
+
 def claim(experiment: Experiment, data_fingerprint: str, fresh: bool, sweep: SweepConfig | None = None) -> None:
     """Mark the run's directory as this experiment's, or find it marked so.
 
