@@ -70,7 +70,8 @@ def prune(storage: Path, agreed: bool, confirm: Callable[[str], bool], say: Say)
     Console().print(table)
     total = bytes_shown(sum(amount for _, amount in found))
     say(
-        "Bundles, prepared data and evaluations stay. A run without checkpoints is finished; `ilrec train --fresh` starts it over."
+        "Bundles, prepared data and evaluations stay. A run without checkpoints is over; `ilrec train --fresh` "
+        "repeats it."
     )
     if not (agreed or confirm(f"Remove {total}?")):
         say("nothing was removed")
