@@ -14,6 +14,8 @@ import torch
 Query = TypeVar("Query")
 Answer = TypeVar("Answer")
 
+_MOMENT = 0.1  # of the time that the latest batch took
+
 
 class Busy(Exception):
     """The queue is full.
@@ -49,9 +51,10 @@ class Batcher(Generic[Query, Answer]):
     """Answers queries in batches.
 
     A batch is put together when the thread is free, of all that waits by then: a lone query never waits for company,
-    and under load batches grow by themselves. (`serve.batch` closes a batch when its time-out passes, even while the
-    one before it still runs: its batches stay as small as what arrives within that time-out.) It needs no closing:
-    nothing runs when nothing waits.
+    and under load batches grow by themselves. Clients that were answered together come back one after the other, so
+    the batch after one of several is held open for a moment until there are as many. (`serve.batch` closes a batch when
+    its time-out passes, even while the one before it still runs: its batches stay as small as what arrives within that
+    time-out.) It needs no closing: nothing runs when nothing waits.
 
     Args:
         answer: queries to as many answers.
@@ -86,6 +89,7 @@ class Batcher(Generic[Query, Answer]):
         self._observe = observe
         self._open = 0
         self._seconds_a_query = 0.0
+        self._latest = 1  # queries of the latest batch
         self._waiting: deque[tuple[Query, asyncio.Future[Answer], float]] = deque()
         self._work: asyncio.Task[None] | None = None
 
@@ -110,8 +114,11 @@ class Batcher(Generic[Query, Answer]):
 
     async def _empty(self) -> None:
         while self._waiting:
-            if self._wait_seconds and len(self._waiting) < self._max_size:
-                await asyncio.sleep(self._wait_seconds)
+            hold = self._wait_seconds if len(self._waiting) < self._max_size else 0.0
+            if len(self._waiting) < self._latest:
+                hold = max(hold, _MOMENT * self._latest * self._seconds_a_query)
+            if hold:
+                await asyncio.sleep(hold)
             async with self._thread.turn:
                 batch: list[tuple[Query, asyncio.Future[Answer], float]] = []
                 while self._waiting and len(batch) < self._max_size:
@@ -138,7 +145,7 @@ class Batcher(Generic[Query, Answer]):
         finally:
             self._thread.busy_since = None
         seconds = time.monotonic() - started
-        self._seconds_a_query = seconds / len(batch)
+        self._seconds_a_query, self._latest = seconds / len(batch), len(batch)
         self._observe(waits, seconds)
         for (_, future, _), answer in zip(batch, answers, strict=True):
             if not future.done():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -91,6 +92,29 @@ def test_waiting_for_company_lets_a_burst_become_one_batch() -> None:
 
     assert asyncio.run(main(wait_seconds=0.3)) == [[1, 2]]
     assert asyncio.run(main(wait_seconds=0.0)) == [[1], [2]]
+
+
+def test_clients_that_come_back_one_by_one_are_answered_together_again() -> None:
+    async def main() -> None:
+        batches: list[int] = []
+
+        def slow(queries: list[int]) -> list[int]:
+            batches.append(len(queries))
+            time.sleep(0.3)
+            return queries
+
+        batcher = Batcher(slow, SearchThread(), max_size=8)
+
+        async def client(number: int) -> None:
+            for _ in range(4):
+                await batcher.submit(number)
+                await asyncio.sleep(0.001 * number)  # on the way
+
+        await asyncio.gather(*(client(number) for number in range(4)))
+        assert sum(batches) == 16
+        assert len(batches) <= 5  # and not 1, 3, 1, 3, …
+
+    asyncio.run(main())
 
 
 def test_a_full_queue_refuses_and_a_departed_query_makes_room() -> None:
