@@ -59,6 +59,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background lacks
         )
 
     def ilrec(self, *arguments: str, status: int = 0) -> str:
@@ -143,7 +144,7 @@ def test_a_training_is_stopped_and_goes_on(cluster: Cluster, config: Path) -> No
     follower = cluster.start("submit", "train", str(config))
     until(lambda: follower.poll() is not None or len(list((run / "ray").glob("step-*/state.json"))) > 1)
     follower.send_signal(signal.SIGINT)
-    text, _ = follower.communicate(timeout=30)
+    text, _ = follower.communicate(timeout=60)
     assert follower.returncode == 130, text
     [job] = re.findall(r"^submitted: (.*)$", text, re.MULTILINE)
     assert f"{job} goes on. Follow it: ilrec jobs logs {job} --follow" in text

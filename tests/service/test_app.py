@@ -175,7 +175,7 @@ def test_bundles_that_cannot_be_served_are_refused_before_serve_starts(tmp_path:
     with pytest.raises(UserError, match="damaged"):
         run(damaged, ServingConfig(), blocking=False)
     with pytest.raises(UserError, match=r"token_file: .*nowhere cannot be read"):
-        build({"serving": {"token_file": str(tmp_path / "nowhere")}})
+        run(tiny_bundle, ServingConfig(token_file=str(tmp_path / "nowhere")), blocking=False)
 
 
 def test_what_a_replica_raised_is_reported() -> None:
