@@ -40,7 +40,7 @@ from objectives.objective import build_objective
 from recommender.backbone import Backbone, load_backbone
 from recommender.errors import UserError
 from recommender.items import ItemSpace
-from recommender.tree import PADDING_MULTIPLE, Row
+from recommender.tree import PADDING_MULTIPLE, Row, padded_length
 from trainer.config import LanguageModelConfig, TrainingConfig
 from trainer.data.dataset import Dataset
 from trainer.data.splits import Targets
@@ -90,7 +90,7 @@ def row_lengths(dataset: Dataset, space: ItemSpace, training: TrainingConfig) ->
 
 def padded(batches: Iterable[np.ndarray], lengths: np.ndarray) -> int:
     """Tokens of batches of rows, padding included."""
-    return sum(len(rows) * -(-int(lengths[rows].max()) // PADDING_MULTIPLE) * PADDING_MULTIPLE for rows in batches)
+    return sum(len(rows) * padded_length(int(lengths[rows].max())) for rows in batches)
 
 
 def padding(lengths: np.ndarray, batch_tokens: int) -> tuple[float, float]:

@@ -147,6 +147,11 @@ def ancestor_mask(end: torch.Tensor) -> torch.Tensor:
 PADDING_MULTIPLE = 8  # fewer distinct shapes, aligned kernels
 
 
+def padded_length(length: int, multiple: int = PADDING_MULTIPLE) -> int:
+    """The length that rows get whose longest has `length` tokens."""
+    return -(-length // multiple) * multiple
+
+
 def collate(rows: Sequence[Row], padding: int, branching_only: bool = False, multiple: int = PADDING_MULTIPLE) -> Batch:
     """Pad rows to one length, a multiple of `multiple`.
 
@@ -154,7 +159,7 @@ def collate(rows: Sequence[Row], padding: int, branching_only: bool = False, mul
         padding: the token that fills up; padding sees only itself and is seen by nothing.
         branching_only: keep only predictions with more than one valid token.
     """
-    length = -(-max(map(len, rows)) // multiple) * multiple
+    length = padded_length(max(map(len, rows)), multiple)
     count = len(rows)
     input_ids = np.full((count, length), padding, np.int64)
     position_ids = np.zeros((count, length), np.int64)

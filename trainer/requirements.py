@@ -21,7 +21,7 @@ from objectives.objective import Objective, build_objective
 from recommender.backbone import Backbone, empty_backbone
 from recommender.errors import UserError
 from recommender.items import ItemSpace
-from recommender.tree import PADDING_MULTIPLE
+from recommender.tree import padded_length
 from trainer.config import LanguageModelConfig, TrainingConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
@@ -198,7 +198,7 @@ def _columns(rows: TrainingRows, space: ItemSpace, objective: Objective, vocabul
 def largest_micro_batch(plan: BatchPlan, lengths: np.ndarray, workers: int, accumulation: int) -> int:
     """Tokens of the largest micro-batch of a worker in the first epoch, padding included."""
     return max(
-        len(rows) * -(-int(lengths[rows].max()) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+        len(rows) * padded_length(int(lengths[rows].max()))
         for step in plan.epoch(0)
         for ranks in step.micro_batches(workers, accumulation)
         for rows in ranks

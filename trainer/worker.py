@@ -30,7 +30,7 @@ from recommender.items import ItemSpace
 from recommender.metrics import metric_values
 from recommender.probe import check_tree
 from recommender.recommender import Recommender, starting_point
-from recommender.tree import PADDING_MULTIPLE, Row, collate
+from recommender.tree import Row, collate, padded_length
 from trainer import checkpoint
 from trainer.config import TrainingConfig
 from trainer.curves import Curves
@@ -175,7 +175,7 @@ def longest_path(backbone: Backbone, rows: TrainingRows) -> int:
     Raises:
         UserError: the backbone cannot read that many.
     """
-    longest = -(-max(int(row.depth.max()) + 1 for row in rows.rows) // PADDING_MULTIPLE) * PADDING_MULTIPLE
+    longest = padded_length(max(int(row.depth.max()) + 1 for row in rows.rows))
     if longest > backbone.context:
         raise UserError(
             f"the longest prompt has {longest} tokens, the backbone reads {backbone.context}; lower prompt.history or "
