@@ -19,38 +19,6 @@ from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.launch import Trained, run_to_best, torch_trainer
 from trainer.prepare import Say
-from trainer.report import write_report
-from trainer.run import check_claim, claim, pruned
-
-
-def fit_collaborative(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool = False) -> Path:
-    """Train the experiment's collaborative recommender on Ray, write the best epoch as a bundle, draw the run's report.
-
-    A run that was interrupted goes on from its latest epoch when called again; a finished one is not repeated.
-
-    Args:
-        fresh: start over, whatever an earlier run left.
-
-    Returns:
-        `<run>/bundle`.
-
-    Raises:
-        UserError: the directory holds another config's run, the cluster is too small, or training stopped for a reason
-            that the user can mend.
-    """
-    dataset = Dataset.load(prepared / "dataset")
-    if not len(dataset.targets["validation"].position):
-        raise UserError("data: there is no validation target, and the best epoch is chosen on them; add data")
-    if not fresh:
-        check_claim(experiment, dataset.fingerprint)
-        if (bundle := pruned(experiment)) is not None:
-            return bundle
-    connect()
-    check_resources(experiment.cluster, experiment.cluster.workers)
-    claim(experiment, dataset.fingerprint, fresh)
-    bundle = _fit(experiment, dataset, prepared, say)
-    write_report(experiment)
-    return bundle
 
 
 def ensure_collaborative(experiment: Experiment, prepared: Path, say: Say = print) -> Path:
@@ -126,10 +94,11 @@ def _shared(experiment: Experiment, config: CollaborativeConfig, dataset: Datase
         say(f"training the collaborative model ({config.kind}) once, in {run.run_dir}")
         connect()
         check_resources(run.cluster, run.cluster.workers)
-        return _fit(run, dataset, prepared, say)
+        return fit_collaborative(run, dataset, prepared, say)
 
 
-def _fit(run: Experiment, dataset: Dataset, prepared: Path, say: Say) -> Path:
+def fit_collaborative(run: Experiment, dataset: Dataset, prepared: Path, say: Say) -> Path:
+    """Train a run's collaborative recommender on the connected Ray and write the best epoch as a bundle."""
     run.run_dir.mkdir(parents=True, exist_ok=True)
     log = run.run_dir / "train.log"
     trained = run_to_best(torch_trainer(run, prepared, log, train_worker), log, say, TOO_LARGE)

@@ -45,8 +45,6 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
         UserError: the directory holds another config's run, the cluster is too small, or training stopped for a reason
             that the user can mend.
     """
-    if not isinstance(experiment.recommender, LanguageModelConfig):
-        return fit_collaborative(experiment, prepared, say, fresh)
     dataset = Dataset.load(prepared / "dataset")
     if not len(dataset.targets["validation"].position):
         raise UserError("data: there is no validation target, and the best epoch is chosen on them; add data")
@@ -57,16 +55,24 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
             return bundle
     connect()
     check_resources(experiment.cluster, experiment.cluster.workers)
-    collaborative = None
-    if needs_rewards(experiment.objective):
-        collaborative = ensure_collaborative(experiment, prepared, say)
-    claim(experiment, dataset.fingerprint, fresh)
+    if isinstance(experiment.recommender, LanguageModelConfig):
+        collaborative = None
+        if needs_rewards(experiment.objective):
+            collaborative = ensure_collaborative(experiment, prepared, say)
+        claim(experiment, dataset.fingerprint, fresh)
+        bundle = _fit_language_model(experiment, prepared, collaborative, say)
+    else:
+        claim(experiment, dataset.fingerprint, fresh)
+        bundle = fit_collaborative(experiment, dataset, prepared, say)
+    write_report(experiment)
+    return bundle
+
+
+def _fit_language_model(experiment: Experiment, prepared: Path, collaborative: Path | None, say: Say) -> Path:
     log = experiment.run_dir / "train.log"
     trainer = torch_trainer(experiment, prepared, log, collaborative=collaborative)
     trained = run_to_best(trainer, log, say, TOO_LARGE)
-    bundle = export(experiment, prepared, trained.checkpoint, trained.metrics, trained.history)
-    write_report(experiment)
-    return bundle
+    return export(experiment, prepared, trained.checkpoint, trained.metrics, trained.history)
 
 
 def check_model(experiment: Experiment) -> None:

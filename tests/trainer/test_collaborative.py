@@ -32,7 +32,7 @@ from recommender.collaborative.recommender import CollaborativeRecommender, buil
 from recommender.errors import UserError
 from recommender.metrics import metric_values, popularity_ranks
 from trainer import collaborative, collaborative_worker
-from trainer.collaborative import ensure_collaborative, fit_collaborative
+from trainer.collaborative import ensure_collaborative
 from trainer.config import CollaborativeBundle
 from trainer.data.dataset import Dataset
 from trainer.data.splits import Targets
@@ -273,11 +273,11 @@ def test_what_is_there_is_reused(ensured: tuple[Path, list[str]], experiment: Ex
 def test_another_model_s_run_is_refused(undisturbed: Experiment, tiny_prepared: Path) -> None:
     wider = training(undisturbed, WHOLE.model_copy(update={"dim": 32}))
     with pytest.raises(UserError, match=r"holds a run of another config:\n  recommender\.dim: 16 → 32"):
-        fit_collaborative(wider, tiny_prepared, quiet)
+        train(wider, tiny_prepared, quiet)
     with pytest.raises(UserError, match=r"recommender\.kind: 'sasrec' → 'language_model'"):
         prepare(undisturbed.model_copy(update={"recommender": Experiment.model_fields["recommender"].default}), quiet)
     with pytest.raises(pytest.fail.Exception, match="workers were started"):  # patience may change
-        fit_collaborative(training(undisturbed, WHOLE.model_copy(update={"patience": 9})), tiny_prepared, quiet)
+        train(training(undisturbed, WHOLE.model_copy(update={"patience": 9})), tiny_prepared, quiet)
 
 
 def test_bundles_that_cannot_help_are_refused(
