@@ -81,7 +81,7 @@ if __name__ == "__main__":
 
 # One rank; one optimiser step of an experiment. Prints how far the process grew.
 PEAK = """
-import os, resource, sys
+import os, sys
 os.environ |= {"DS_ACCELERATOR": "cpu", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1], "LOCAL_RANK": "0"}
 from pathlib import Path
 import deepspeed, torch, torch.distributed as dist
@@ -95,6 +95,9 @@ from trainer.plan import BatchPlan
 from trainer.rows import TrainingRows
 from trainer.worker import optimiser_step, starting_backbone
 
+def kilobytes(name):  # VmHWM is this program's own peak; getrusage's is that of whatever started it, when that is larger
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
+
 dist.init_process_group("gloo", rank=0, world_size=1)
 experiment, prepared = Experiment.model_validate_json(sys.argv[2]), Path(sys.argv[3])
 training, space = experiment.training, ItemSpace.load(prepared / "items")
@@ -103,13 +106,13 @@ rows = TrainingRows(Dataset.load(prepared / "dataset"), space, training, objecti
 plan = BatchPlan(rows.lengths, rows.counted, training.batch_tokens, training.seed)
 warm = starting_backbone(experiment, space)  # whatever transformers loads at first
 del warm
-start = int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+start = kilobytes("VmRSS")
 backbone = starting_backbone(experiment, space)
 if training.gradient_checkpointing:
     backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 module = TrainedModel(backbone, objective, space.trie, logits_memory_mb=training.logits_memory_mb)
 optimiser_step(build_engine(module, training), module, plan.epoch(0)[0], rows)
-print("grew", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024)
+print("grew", (kilobytes("VmHWM") - start) * 1024)
 """
 
 
