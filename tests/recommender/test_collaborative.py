@@ -113,8 +113,8 @@ def test_only_the_last_items_are_read(model: CollaborativeModel) -> None:
     early, late = items.copy(), items.copy()
     early[3], late[4] = 29, 29
     whole, without, changed = model.embed([items, early, late])
-    assert torch.equal(whole, without)
-    assert (whole - changed).abs().max() > 1e-6
+    torch.testing.assert_close(whole, without, atol=1e-6, rtol=0)  # rows of a batch may be summed in another order
+    assert (whole - changed).abs().max() > 1e-5
 
 
 @pytest.mark.parametrize("config", CAUSAL, ids=lambda config: config.kind)
