@@ -48,44 +48,11 @@ from trainer.experiment import Experiment, load_experiment
 from trainer.module import MicroBatch, TrainedModel, dtype_of
 from trainer.plan import BatchPlan, Step
 from trainer.prepare import prepare
-from trainer.rows import TrainingRows, group_targets
+from trainer.rows import TrainingRows
 
 RULES = ("sliding", "anchored")
 
 # ---- Counts ----------------------------------------------------------------------------------------------------------
-
-
-def row_lengths(dataset: Dataset, space: ItemSpace, training: TrainingConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of every tree row and of every plain row of the training targets, without building them: int64 [R], [M].
-
-    Branches leave the history where the suffix parts from the separator. With the compact prompt these are the same,
-    so that a branch is the history's own continuation.
-
-    Raises:
-        UserError: one of separator and suffix begins with the other; then it depends on the items what is shared.
-    """
-    prompt = space.prompt
-    shorter = min(len(prompt.separator), len(prompt.suffix))
-    differs = np.flatnonzero(prompt.separator[:shorter] != prompt.suffix[:shorter])
-    is_chain = np.array_equal(prompt.separator, prompt.suffix)
-    if not is_chain and not len(differs):
-        raise UserError("prompt: its separator and its suffix should part somewhere, or be the same, to be counted")
-
-    title = np.diff(space.identifiers.offsets)[dataset.flat_items] - 1  # without the end token
-    before = np.concatenate([[0], np.cumsum(len(prompt.separator) + title)])
-    sources = group_targets(dataset, "train", prompt.config.history, training.windows, training.stride)
-    samples = np.array([len(source.lengths) for source in sources])
-    begin = np.repeat([source.start for source in sources], samples)
-    target = begin + np.concatenate([source.lengths for source in sources])
-    history = len(prompt.prefix) + before[target] - before[begin]
-    branch = len(prompt.suffix) + title[target]
-
-    last = np.cumsum(samples) - 1
-    plain = history + branch
-    if is_chain:
-        return plain[last], plain
-    shared = int(differs[0])
-    return history[last] + np.add.reduceat(branch, last - samples + 1) - (samples - 1) * shared, plain
 
 
 def padded(batches: Iterable[np.ndarray], lengths: np.ndarray) -> int:
@@ -109,7 +76,8 @@ def counts_table(dataset: Dataset, space: ItemSpace, training: TrainingConfig) -
     )  # fmt: skip
     first: int | None = None
     for rule in RULES:
-        tree, plain = row_lengths(dataset, space, under(training, rule))
+        rows = TrainingRows(dataset, space, under(training, rule), branching_only=False)
+        tree, plain = rows.lengths, rows.sample_lengths
         first = first or int(plain.sum())
         for kind, lengths in (("plain", plain), ("tree", tree)):
             tokens = int(lengths.sum())
@@ -146,12 +114,17 @@ class PlainRows(TrainingRows):
     """
 
     def __init__(self, packed: TrainingRows) -> None:
-        cut = [(number, path) for number, row in enumerate(packed.rows) for path in paths(row)]
+        cut = [(number, path) for number, row in enumerate(packed) for path in paths(row)]
         self.tree = np.array([number for number, _ in cut])
-        self.rows = [path for _, path in cut]
-        self.lengths = np.array([len(row) for row in self.rows], np.int64)
-        self.counted = np.array([len(row.target) for row in self.rows], np.int64)
-        self.targets = len(self.rows)
+        self._rows = [path for _, path in cut]
+        self.lengths = np.array([len(row) for row in self._rows], np.int64)
+        self.counted = np.array([len(row.target) for row in self._rows], np.int64)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Row:
+        return self._rows[number]
 
 
 def paths(row: Row) -> list[Row]:
@@ -245,7 +218,7 @@ def build_trainer(model: Any, space: ItemSpace, work: Work, training: TrainingCo
         disable_tqdm=True,
     )
     collator = DataCollatorForSeq2Seq(space.tokenizer, pad_to_multiple_of=PADDING_MULTIPLE)
-    rows: Any = [features(row) for row in work.plain.rows]
+    rows: Any = [features(row) for row in work.plain]
     trainer = Trainer(model, arguments, collator, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -256,7 +229,7 @@ def first_losses(work: Work, module: TrainedModel, trainer: Any) -> dict[str, fl
     from trainer.worker import micro_batch
 
     counted, same = work.tree_steps[0].counted, work.first_plain()
-    inputs = trainer.data_collator([features(work.plain.rows[number]) for number in same])
+    inputs = trainer.data_collator([features(work.plain[number]) for number in same])
     inputs = {name: tensor.to(trainer.model.device) for name, tensor in inputs.items()}
     with torch.no_grad():
         return {

@@ -191,8 +191,10 @@ def _columns(rows: TrainingRows, space: ItemSpace, objective: Objective, vocabul
     """Logits of an epoch and a layer."""
     if not objective.valid_only:
         return int(rows.counted.sum()) * vocabulary
-    children = np.asarray(space.trie.child_count)
-    return sum(int(children[row.nodes[row.nodes >= 0]].sum()) for row in rows.rows)
+    nodes = space.trie.prediction_nodes()
+    children = np.where(nodes >= 0, space.trie.child_count[nodes], 0)
+    of_item = np.add.reduceat(children, space.identifiers.offsets[:-1], dtype=np.int64)
+    return int(of_item[rows.targets].sum())
 
 
 def largest_micro_batch(plan: BatchPlan, lengths: np.ndarray, workers: int, accumulation: int) -> int:

@@ -102,7 +102,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
     plan = BatchPlan(rows.lengths, rows.counted, training.batch_tokens, training.seed)
     total_steps = plan.steps_per_epoch * training.epochs
     say(
-        f"{rows.targets} targets in {len(rows)} rows, {rows.lengths.sum()} tokens an epoch; "
+        f"{len(rows.targets)} targets in {len(rows)} rows, {rows.lengths.sum()} tokens an epoch; "
         f"{plan.steps_per_epoch} steps an epoch on {world} workers, longest row {rows.lengths.max()} tokens"
     )
 
@@ -175,7 +175,7 @@ def longest_path(backbone: Backbone, rows: TrainingRows) -> int:
     Raises:
         UserError: the backbone cannot read that many.
     """
-    longest = padded_length(max(int(row.depth.max()) + 1 for row in rows.rows))
+    longest = padded_length(int(rows.sample_lengths.max()))
     if longest > backbone.context:
         raise UserError(
             f"the longest prompt has {longest} tokens, the backbone reads {backbone.context}; lower prompt.history or "
@@ -236,9 +236,9 @@ def optimiser_step(engine: Any, module: TrainedModel, step: Step, rows: Training
 def micro_batch(module: TrainedModel, rows: TrainingRows, numbers: np.ndarray) -> MicroBatch:
     """Rows as a forward takes them; a rank without any runs the shortest with nothing to predict, to stay in step."""
     if len(numbers):
-        chosen = [rows.rows[number] for number in numbers]
+        chosen = [rows[number] for number in numbers]
     else:
-        row, nothing = rows.rows[int(rows.lengths.argmin())], np.empty(0, np.int32)
+        row, nothing = rows[int(rows.lengths.argmin())], np.empty(0, np.int32)
         chosen = [Row(row.tokens, row.end, row.depth, nothing, nothing, nothing, nothing)]
     batch = collate(chosen, module.backbone.padding, module.objective.branching_only)
     return module.micro_batch(batch, rows.histories(numbers) if module.reward_source is not None else None)

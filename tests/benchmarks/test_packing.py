@@ -9,7 +9,6 @@ import torch
 from benchmarks import packing
 from recommender.backbone import Backbone, load_backbone
 from recommender.config import PromptConfig
-from recommender.errors import UserError
 from recommender.items import ItemSpace
 from trainer.config import TrainingConfig
 from trainer.data.dataset import Dataset
@@ -42,28 +41,10 @@ def test_a_sample_of_users_has_all_their_targets(dataset: Dataset, tiny_prepared
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["compact", "products", "own"])
-@pytest.mark.parametrize("rule", packing.RULES)
-def test_counts_are_those_of_the_rows(dataset: Dataset, tiny_prepared: Path, prompt: PromptConfig, rule: str) -> None:
-    space = spelled(tiny_prepared, prompt)
-    training = packing.under(TRAINING, rule)
-    rows = TrainingRows(dataset, space, training, branching_only=False)
-    tree, plain = packing.row_lengths(dataset, space, training)
-    assert tree.tolist() == rows.lengths.tolist()
-    assert plain.tolist() == packing.PlainRows(rows).lengths.tolist()
-    assert len(plain) == len(dataset.targets["train"])
-
-
-def test_prompts_that_cannot_be_counted_are_refused(dataset: Dataset, tiny_prepared: Path) -> None:
-    space = spelled(tiny_prepared, PromptConfig(prefix="Bought:", separator=" ;", suffix=" ; so:"))
-    with pytest.raises(UserError, match="separator and its suffix should part"):
-        packing.row_lengths(dataset, space, TRAINING)
-
-
-@pytest.mark.parametrize("prompt", PROMPTS, ids=["compact", "products", "own"])
 def test_plain_rows_are_prompts_and_responses(dataset: Dataset, tiny_prepared: Path, prompt: PromptConfig) -> None:
     space = spelled(tiny_prepared, prompt)
     rows = packing.PlainRows(TrainingRows(dataset, space, packing.under(TRAINING, "sliding"), branching_only=False))
-    found = sorted((features["input_ids"], features["labels"]) for features in map(packing.features, rows.rows))
+    found = sorted((features["input_ids"], features["labels"]) for features in map(packing.features, rows))
     expected = []
     train = dataset.targets["train"]
     for sequence, position in zip(train.sequence, train.position, strict=True):

@@ -449,11 +449,11 @@ def test_the_world_has_what_the_cases_are_about() -> None:
     here = world()
     assert here.trie.child_count[0] > 32, "the root is wide"
     trees, samples = here.rows("lml", True), here.rows("lml", False)
-    assert trees.targets == samples.targets == len(samples)
+    assert len(trees.targets) == len(samples.targets) == len(samples)
     assert len(trees) == len(here.sequences)
     assert trees.lengths.sum() < 0.7 * samples.lengths.sum()
-    assert all((row.end == len(row)).all() for row in samples.rows)
-    forced = np.concatenate([row.nodes for row in trees.rows]) < 0
+    assert all((row.end == len(row)).all() for row in samples)
+    forced = np.concatenate([row.nodes for row in trees]) < 0
     assert forced.any()
     assert not forced.all()
     for rows in (trees, samples):

@@ -95,7 +95,7 @@ from trainer.plan import BatchPlan
 from trainer.rows import TrainingRows
 from trainer.worker import optimiser_step, starting_backbone
 
-def kilobytes(name):  # VmHWM is this program's own peak; getrusage's is that of whatever started it, when that is larger
+def kilobytes(name):  # VmHWM is this program's own peak; getrusage's that of what started it, where that is larger
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
 
 dist.init_process_group("gloo", rank=0, world_size=1)

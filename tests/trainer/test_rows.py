@@ -27,6 +27,16 @@ PROMPTS = {
     "compact": PromptConfig(history=HISTORY),
     "spelled out": PromptConfig(prefix="Bought:", separator=", ", suffix=". Next:", history=HISTORY),
 }
+COUNTED_PROMPTS = PROMPTS | {
+    "template": PromptConfig(template="products", history=HISTORY),
+    "suffix goes on": PromptConfig(prefix="Bought:", separator=";", suffix=";Next:", history=HISTORY),
+    "suffix goes on like an item": PromptConfig(prefix="Bought:", separator=";", suffix="; Red T", history=HISTORY),
+    "separator goes on": PromptConfig(prefix="Bought:", separator="; then:", suffix=";", history=HISTORY),
+    "separator goes on like an item": PromptConfig(prefix="Bought:", separator="; Blue", suffix=";", history=HISTORY),
+    "no separator": PromptConfig(prefix="Bought:", separator="", suffix=" Next:", history=HISTORY),
+    "no suffix": PromptConfig(prefix="Bought:", separator="Red T", suffix="", history=HISTORY),
+    "neither": PromptConfig(prefix="Bought:", separator="", suffix="", history=HISTORY),
+}
 
 
 def _dataset() -> SimpleNamespace:
@@ -62,6 +72,40 @@ def test_window_starts(rule: str) -> None:
     assert window_starts(positions, HISTORY, rule, STRIDE).tolist() == expected
 
 
+def _rows_one_by_one(dataset: SimpleNamespace, space: ItemSpace, rule: str) -> list[Row]:
+    """Every row, from the samples whose histories start at the same item of the same sequence."""
+    nodes, offsets = space.trie.prediction_nodes(), space.identifiers.offsets
+    samples: dict[tuple[int, int], list[Sample]] = {}
+    train = dataset.targets["train"]
+    for sequence, position in sorted(zip(train.sequence.tolist(), train.position.tolist(), strict=True)):
+        items, start = dataset.flat_items[dataset.offsets[sequence] :], _start(position, rule)
+        target = items[position]
+        sample = Sample(
+            space.prompt.encode(items[start:position]),
+            space.identifiers.spelled(target),
+            nodes[offsets[target] : offsets[target + 1]],
+        )
+        samples.setdefault((sequence, start), []).append(sample)
+    return [build_row(samples[key]) for key in sorted(samples)]
+
+
+@pytest.mark.parametrize("branching_only", [False, True])
+@pytest.mark.parametrize("rule", ["sliding", "anchored"])
+@pytest.mark.parametrize("prompt", COUNTED_PROMPTS.values(), ids=COUNTED_PROMPTS.keys())
+def test_counts_are_those_of_the_rows(prompt: PromptConfig, rule: str, branching_only: bool) -> None:
+    dataset, space = _dataset(), _space(prompt)
+    training = TrainingConfig(windows=rule, stride=STRIDE if rule == "anchored" else None)
+    rows = TrainingRows(dataset, space, training, branching_only)
+    expected = _rows_one_by_one(dataset, space, rule)
+    assert len(rows) == len(expected)
+    for row, other in zip(rows, expected, strict=True):
+        assert all((vars(row)[name] == array).all() for name, array in vars(other).items())
+    assert rows.lengths.tolist() == [len(row) for row in expected]
+    assert rows.counted.tolist() == [(row.nodes >= (0 if branching_only else -1)).sum() for row in expected]
+    assert len(rows.targets) == len(dataset.targets["train"].position)
+    assert rows.sample_lengths.max() == max(row.depth.max() + 1 for row in expected)
+
+
 @pytest.mark.parametrize("rule", ["sliding", "anchored"])
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 @pytest.mark.parametrize(
@@ -94,10 +138,11 @@ def test_trees_equal_one_sample_a_row(rule: str, prompt: PromptConfig, objective
         )
         alone.append(build_row([sample]))
 
-    assert trees.targets == len(alone)
+    assert len(trees.targets) == len(alone)
+    assert sorted(trees.sample_lengths) == sorted(map(len, alone))
     assert trees.lengths.sum() < (0.6 if rule == "anchored" else 0.75) * sum(map(len, alone))
     results = []
-    for rows in (trees.rows, alone):
+    for rows in (list(trees), alone):
         backbone = load_backbone(PresetBackbone(), space.tokenizer, seed=3)
         module = TrainedModel(backbone, loss_of, space.trie, logits_memory_mb=1)
         total = 0.0
@@ -118,12 +163,12 @@ def test_held_out_targets_are_in_no_row() -> None:
     train = dataset.targets["train"]
     keep = train.position < np.diff(dataset.offsets)[train.sequence] - 2
     dataset.targets["train"] = SimpleNamespace(sequence=train.sequence[keep], position=train.position[keep])
-    rows = TrainingRows(dataset, space, TrainingConfig(), branching_only=False).rows
+    rows = list(TrainingRows(dataset, space, TrainingConfig(), branching_only=False))
     held_out = [dataset.flat_items[end - 2 : end] for end in dataset.offsets[1:]]
     dataset.flat_items = dataset.flat_items.copy()
     for end in dataset.offsets[1:]:
         dataset.flat_items[end - 2 : end] = 0
-    changed = TrainingRows(dataset, space, TrainingConfig(), branching_only=False).rows
+    changed = TrainingRows(dataset, space, TrainingConfig(), branching_only=False)
     assert any((pair != 0).any() for pair in held_out)
     assert all(
         (a.tokens == b.tokens).all() and (a.target == b.target).all() for a, b in zip(rows, changed, strict=True)
