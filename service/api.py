@@ -55,12 +55,12 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
         responses=_problems(401) if tokens else {},
     )
     api.requests = requests
-    api.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    api.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, seconds=config.timeout_seconds)
     if tokens:
         api.add_middleware(Bearer, digests=tokens)
     api.add_middleware(RequestLog, metrics=models.metrics, answer_id=answer_request_id)  # around the others
     problems.install(api)
-    refusals = _problems(400, 413, 415, 422, 503, 504)
+    refusals = _problems(400, 408, 413, 415, 422, 503, 504)
 
     page, page_headers = playground.page()
 

@@ -93,6 +93,15 @@ def test_what_may_pass_is_tried_again(url: str, gate: Gate) -> None:
     assert len({asked["x-request-id"] for asked in gate.asked[before:]}) == 1
 
 
+def test_a_bare_500_is_a_proxy_whose_replica_died(url: str, gate: Gate) -> None:
+    gate.moods = [500, 502]
+    with Client(url) as client:
+        assert client.recommend(ASKED).items[0].item_id == "B09"
+        with pytest.raises(Refused, match="500: the server failed"):  # this one is the endpoint's own
+            client.recommend(RecommendationRequest(history=["B14"]))
+    assert gate.moods == []
+
+
 def test_retries_end(url: str, gate: Gate) -> None:
     gate.moods = [429]
     with Client(url, retries=0) as client, pytest.raises(Refused, match="429: come back"):
