@@ -70,7 +70,7 @@ class ServingConfig(StrictModel):
     )
     log: Literal["off", "requests", "histories"] = Field(
         "off",
-        description="JSON lines on standard error, one a request. requests: id, route, status, milliseconds, model; "
+        description="JSON lines on standard error, one a request. requests: id, route, status, milliseconds, models; "
         "histories: the items of the history as well.",
     )
     feedback_log: str | None = Field(
