@@ -16,12 +16,15 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.load import Measured, Open, Plan, measure
+from benchmarks.serving import soak
 from recommender.bundle import MANIFEST
 from recommender.errors import UserError
 from recommender.recommender import Recommender
 from service.app import Arguments, Endpoint, UserConfig, _reason, application, build, run
 from service.config import ServingConfig
 
+PATH = "/v1/recommendations"
 SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 
 
@@ -91,6 +94,26 @@ def test_bad_requests_are_refused_through_the_proxy(url: str, tiny_bundle: Path)
     assert (status, problem["errors"][0]["field"]) == (413, "body")
     with urllib.request.urlopen(f"{url}/health") as response:
         assert json.load(response)["status"] == "ok"
+
+
+def test_a_soak_watches_every_process_of_serve(url: str, tiny_bundle: Path) -> None:
+    history = Recommender.load(tiny_bundle).catalogue.item_ids[:3]
+
+    def ask(seconds: float) -> Measured:
+        port, bodies = int(url.rpartition(":")[2]), [json.dumps({"history": history})]
+        loop = Open(rate=20)
+        return measure(
+            Plan(host="127.0.0.1", port=port, path=PATH, bodies=bodies, loop=loop, warm_up=0, seconds=seconds)
+        )
+
+    minutes, *_, refused, endpoint, proxy, controller = soak(ask, minutes=0.05).columns
+    headers = [column.header for column in (endpoint, proxy, controller)]
+    assert headers == ["Endpoint MiB", "ProxyActor MiB", "ServeController MiB"]
+    assert list(minutes.cells) == ["warm-up", "1", "growth after warm-up"]
+    assert list(refused.cells) == ["0", "0", ""]
+    for column in (endpoint, proxy, controller):
+        before, after, growth = column.cells
+        assert float(after) / float(before) - 1 == pytest.approx(float(growth.rstrip("%")) / 100, abs=0.002)
 
 
 def test_a_second_serve_on_the_cluster_is_refused(url: str, tiny_bundle: Path) -> None:
