@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -48,18 +49,25 @@ def gate() -> Gate:
     return Gate(create_api(models))
 
 
-@pytest.fixture(scope="module")
-def url(gate: Gate) -> Iterator[str]:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(gate, log_level="critical"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+@contextmanager
+def listening(api: Any) -> Iterator[str]:
+    """The address of an ASGI application on uvicorn."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(api, log_level="critical"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def url(gate: Gate) -> Iterator[str]:
+    with listening(gate) as url:
+        yield url
 
 
 def test_typed_answers(url: str, gate: Gate) -> None:
