@@ -14,7 +14,8 @@ filters.
 
 First closed loops: N clients that ask again as soon as they are answered. Then, for each endpoint, an open loop at 70 %
 of the most answers a second that it gave: latency counts from when a request was due. Latencies are of status 200;
-the others are counted. `--soak` goes on with ilrec's open loop and prints what memory its replica holds.
+the others are counted. `--soak` goes on with ilrec's open loop and prints by
+the minute what memory Serve's processes hold.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ import re
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from rich.console import Console
@@ -86,13 +89,6 @@ class Replica:
         before, self._seen = self._seen, (queries, batches)
         return (queries - before[0]) / max(batches - before[1], 1)
 
-    def memory(self) -> float:
-        """MiB that are resident."""
-        found = re.search(r'replica="[^"]*-(\d+)"', self._text())
-        assert found is not None
-        [resident] = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{found[1]}/status").read_text())
-        return int(resident) / 1024
-
     def _text(self) -> str:
         with urllib.request.urlopen(self._url, timeout=60) as response:
             text: str = response.read().decode()
@@ -141,15 +137,32 @@ def open_loops(ask: Asked, replica: Replica, rates: Mapping[str, float]) -> Tabl
     return shown
 
 
-def soak(ask: Callable[[float], Measured], replica: Replica, minutes: float) -> Table:
-    """An open loop that goes on, and the replica's memory after a tenth of it and at its end."""
-    ask(6 * minutes)
-    before = replica.memory()
-    measured = ask(54 * minutes)
-    shown = Table("requests/s", "p50 ms", "p99 ms", "MiB after warm-up", "MiB at the end", "refused", title="soak")
-    memory = [f"{before:.0f}", f"{replica.memory():.0f}"]
-    percentiles = [f"{measured.percentile(share):.1f}" for share in (50, 99)]
-    shown.add_row(f"{measured.rate:.1f}", *percentiles, *memory, str(sum(measured.refused.values())))
+def memory() -> dict[str, float]:
+    """MiB resident in each of Serve's processes on the Ray that was started here, by what they run."""
+    found = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # Ray's idle workers come and go
+            title = re.match(r"ray::(?:ServeReplica:\w+:)?(\w+)", " ".join(process.cmdline()))
+            if title and ("ServeReplica" in title[0] or title[1] in ("ServeController", "ProxyActor")):
+                found[title[1]] = process.memory_info().rss / 2**20
+    return found
+
+
+def soak(ask: Callable[[float], Measured], minutes: float) -> Table:
+    """An open loop that goes on: what it got and what Serve's processes held, minute by minute after a warm-up."""
+    lengths = [6 * minutes, *[60 * minutes / max(1, round(minutes))] * max(1, round(minutes))]
+    names = sorted(memory())
+    shown = Table("minute", "requests/s", "p50 ms", "p99 ms", "refused", *(f"{each} MiB" for each in names))
+    shown.title = f"soak: {minutes:g} minutes after a warm-up of {6 * minutes:g} s"
+    held = []
+    for minute, seconds in enumerate(lengths):
+        measured = ask(seconds)
+        held.append(memory())
+        figures = [f"{value:.1f}" for value in (measured.rate, measured.percentile(50), measured.percentile(99))]
+        figures.append(str(sum(measured.refused.values())))
+        shown.add_row(str(minute or "warm-up"), *figures, *(f"{held[-1][name]:.1f}" for name in names))
+    growth = [f"{held[-1][name] / held[0][name] - 1:+.1%}" for name in names]
+    shown.add_row("growth after warm-up", "", "", "", "", *growth)
     return shown
 
 
@@ -208,7 +221,7 @@ def main() -> None:
             raise UserError(f"{', '.join(silent)}: answered nothing in time; give it more --seconds or --warm-up")
         console.print(open_loops(ask, replica, rates))
         if args.soak is not None:
-            console.print(soak(lambda seconds: ask(ILREC, Open(rate=rates[ILREC]), seconds), replica, args.soak))
+            console.print(soak(lambda seconds: ask(ILREC, Open(rate=rates[ILREC]), seconds), args.soak))
     except UserError as error:
         parser.error(str(error))
     finally:

@@ -55,12 +55,12 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
         responses=_problems(401) if tokens else {},
     )
     api.requests = requests
-    api.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    api.add_middleware(BodyLimit, max_bytes=config.max_body_bytes, seconds=config.timeout_seconds)
     if tokens:
         api.add_middleware(Bearer, digests=tokens)
     api.add_middleware(RequestLog, metrics=models.metrics, answer_id=answer_request_id)  # around the others
     problems.install(api)
-    refusals = _problems(400, 413, 415, 422, 503, 504)
+    refusals = _problems(400, 408, 413, 415, 422, 503, 504)
 
     page, page_headers = playground.page()
 
@@ -174,7 +174,7 @@ class _Asking:
         resolved = [resolver.query(each) for resolver, each in zip(resolvers, asked, strict=True)]
         _refuse_faults(resolvers)
         chosen = [resolver.served for resolver in resolvers]
-        self._note(request, chosen[0], requests=len(asked), history=[each.history for each in asked])
+        self._note(request, chosen, requests=len(asked), history=[each.history for each in asked])
         found = await self._answers(chosen, resolved)
         took = round((time.perf_counter() - started) * 1e3, 2)
         answers = []
@@ -202,7 +202,7 @@ class _Asking:
         resolver = Resolver(self.served(asked.model))
         query, served = resolver.rank_query(asked), resolver.served
         _refuse_faults([resolver])
-        self._note(request, served, candidates=len(query.candidates), history=[asked.history])
+        self._note(request, [served], candidates=len(query.candidates), history=[asked.history])
         [scores] = await self._answers([served], [query])
         best = sorted(set(zip([-score for score in scores], query.candidates, strict=True)))
         return schema.RankResponse(
@@ -240,8 +240,10 @@ class _Asking:
             for future in futures:
                 future.cancel()
 
-    def _note(self, request: Request, served: Served, history: Sequence[Sequence[str]], **details: int) -> None:
-        noted = {"model": served.name, **details}
+    def _note(
+        self, request: Request, chosen: Sequence[Served], history: Sequence[Sequence[str]], **details: int
+    ) -> None:
+        noted = {"models": list(dict.fromkeys(served.name for served in chosen)), **details}
         if self.config.log == "histories":
             noted["histories"] = list(history)
         request.scope["details"].update(noted)

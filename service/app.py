@@ -23,7 +23,11 @@ from recommender.errors import UserError
 from service.auth import read_tokens
 from service.config import ServingConfig
 
-_PROXY_PATIENCE = "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"
+# For the proxies, which the controller starts and gives its own environment.
+_PROXIES = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # on busy cores the default of 5 s is missed, again and again
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.ingress:middlewares",
+}
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -109,6 +113,8 @@ def application(serving: ServingConfig, models: UserConfig | None) -> serve.Appl
         **options,
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
+        backpressure_config={"retry_after_s": 1},
+        health_check_period_s=2,  # how soon a replica that died is missed
         graceful_shutdown_timeout_s=serving.drain_seconds,
         user_config=None if models is None else models.model_dump(),
         ray_actor_options={"num_cpus": serving.threads, "num_gpus": serving.gpus_per_replica},
@@ -181,12 +187,11 @@ def _connect() -> bool:
 
 def _start(config: ServingConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    # A proxy on busy cores misses the default of 5 s, is killed and started again, for ever. The controller reads it.
-    patience = {_PROXY_PATIENCE: os.environ.get(_PROXY_PATIENCE, "30")}
+    environment = {name: os.environ.get(name, value) for name, value in _PROXIES.items()}
     serve.start(
         http_options={"host": config.host, "port": config.port},
         logging_config=_QUIET,
-        controller_options={"runtime_env": {"env_vars": patience}},
+        controller_options={"runtime_env": {"env_vars": environment}},
     )
 
 

@@ -14,7 +14,13 @@ from recommender.errors import UserError
 from service.config import ServingConfig
 from service.problems import Problem
 
-OPEN_PATHS = ("/", "/health", "/ready")  # browsers and probes bring no tokens
+OPEN_PATHS = (
+    "/",
+    "/docs",
+    "/openapi.json",
+    "/health",
+    "/ready",
+)  # browsers and probes bring no tokens; none shows data
 
 
 def read_tokens(config: ServingConfig) -> list[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
+from http import HTTPStatus
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from service.schema import (
 
 Answer = TypeVar("Answer", bound=BaseModel)
 
-_COME_BACK = (429, 503)
+_COME_BACK = (429, 502, 503)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds
 
 
@@ -45,9 +46,9 @@ class Refused(Exception):
 class Client:
     """Asks an endpoint. Threads may share one.
 
-    What the endpoint has no room for (429, 503), and connections that fail, are tried again after a pause: what
-    `Retry-After` says, and a random share of a time that doubles. An answer that does not come in time is not asked
-    for again: that would add load where there is too much of it.
+    What the endpoint has no room for (429, 503), what a replica left unanswered when it died, and connections that fail
+    are tried again after a pause: what `Retry-After` says, and a random share of a time that doubles. An answer that
+    does not come in time is not asked for again: that would add load where there is too much of it.
 
     Args:
         url: e.g. "http://127.0.0.1:8000".
@@ -112,7 +113,7 @@ class Client:
                 response = self._http.send(request)
                 if response.is_success:
                     return answer.model_validate_json(response.content)
-                if response.status_code not in _COME_BACK or not left:
+                if not _may_pass(response) or not left:
                     raise Refused(_problem(response))
                 stated = response.headers.get("retry-after", "")
                 wait = min(float(stated), _LONGEST_PAUSE) if stated.isdecimal() else 0.0
@@ -136,6 +137,14 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _may_pass(response: httpx.Response) -> bool:
+    """Whether another attempt may do better. A 500 that is no problem document is not the endpoint's, but comes from a
+    proxy whose replica died.
+    """
+    stranger = response.headers.get("content-type") != "application/problem+json"
+    return response.status_code in _COME_BACK or (response.status_code == HTTPStatus.INTERNAL_SERVER_ERROR and stranger)
 
 
 def _problem(response: httpx.Response) -> Problem:

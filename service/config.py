@@ -39,7 +39,10 @@ class ServingConfig(StrictModel):
         256, ge=1, description="Requests to one model that may wait in a replica; more are refused with 503."
     )
     timeout_seconds: float = Field(
-        10, gt=0, description="A request that is not answered by then is given up with 504, and not computed."
+        10,
+        gt=0,
+        description="A request that is not answered by then is given up with 504, and not computed; one whose body is "
+        "not here by then is cut off with 408.",
     )
     max_body_bytes: int = Field(64 * 1024, ge=256, description="Larger request bodies are refused with 413.")
     max_requests: int = Field(32, ge=1, description="Requests that one batch may hold.")
@@ -67,7 +70,7 @@ class ServingConfig(StrictModel):
     )
     log: Literal["off", "requests", "histories"] = Field(
         "off",
-        description="JSON lines on standard error, one a request. requests: id, route, status, milliseconds, model; "
+        description="JSON lines on standard error, one a request. requests: id, route, status, milliseconds, models; "
         "histories: the items of the history as well.",
     )
     feedback_log: str | None = Field(

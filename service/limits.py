@@ -12,14 +12,20 @@ from service.schema import FieldError
 
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies above a size: by what they declare, and by what really arrives.
+    """ASGI middleware that refuses bodies above a size, by what they declare and by what really arrives, and those that
+    take too long to arrive.
 
     When the client disconnects, the request is cancelled: what still waits for a search is not searched.
+
+    Args:
+        max_bytes: of a body.
+        seconds: in which a body must be here; until then it holds one of Serve's places.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
+    def __init__(self, app: ASGIApp, max_bytes: int, seconds: float):
         self.app = app
         self.max_bytes = max_bytes
+        self.seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on once its body is here and small enough."""
@@ -31,13 +37,22 @@ class BodyLimit:
             return await self._refuse(scope, receive, send)
         messages: list[Message] = []
         size = 0
-        while not messages or messages[-1].get("more_body"):
-            messages.append(await receive())
-            if messages[-1]["type"] == "http.disconnect":
-                return None
-            size += len(messages[-1].get("body", b""))
-            if size > self.max_bytes:
-                return await self._refuse(scope, receive, send)
+        try:
+            async with asyncio.timeout(self.seconds):
+                while not messages or messages[-1].get("more_body"):
+                    messages.append(await receive())
+                    if messages[-1]["type"] == "http.disconnect":
+                        return None
+                    size += len(messages[-1].get("body", b""))
+                    if size > self.max_bytes:
+                        return await self._refuse(scope, receive, send)
+        except TimeoutError:
+            late = Problem(
+                HTTPStatus.REQUEST_TIMEOUT,
+                f"the body did not arrive within {self.seconds:g} s",
+                headers={"connection": "close"},
+            )
+            return await late.response()(scope, receive, send)
         gone = asyncio.Event()
 
         async def replay() -> Message:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,12 +16,15 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.load import Measured, Open, Plan, measure
+from benchmarks.serving import soak
 from recommender.bundle import MANIFEST
 from recommender.errors import UserError
 from recommender.recommender import Recommender
-from service.app import Arguments, Endpoint, UserConfig, _reason, build, run
+from service.app import Arguments, Endpoint, UserConfig, _reason, application, build, run
 from service.config import ServingConfig
 
+PATH = "/v1/recommendations"
 SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
 
 
@@ -94,6 +96,26 @@ def test_bad_requests_are_refused_through_the_proxy(url: str, tiny_bundle: Path)
         assert json.load(response)["status"] == "ok"
 
 
+def test_a_soak_watches_every_process_of_serve(url: str, tiny_bundle: Path) -> None:
+    history = Recommender.load(tiny_bundle).catalogue.item_ids[:3]
+
+    def ask(seconds: float) -> Measured:
+        port, bodies = int(url.rpartition(":")[2]), [json.dumps({"history": history})]
+        loop = Open(rate=20)
+        return measure(
+            Plan(host="127.0.0.1", port=port, path=PATH, bodies=bodies, loop=loop, warm_up=0, seconds=seconds)
+        )
+
+    minutes, *_, refused, endpoint, proxy, controller = soak(ask, minutes=0.05).columns
+    headers = [column.header for column in (endpoint, proxy, controller)]
+    assert headers == ["Endpoint MiB", "ProxyActor MiB", "ServeController MiB"]
+    assert list(minutes.cells) == ["warm-up", "1", "growth after warm-up"]
+    assert list(refused.cells) == ["0", "0", ""]
+    for column in (endpoint, proxy, controller):
+        before, after, growth = column.cells
+        assert float(after) / float(before) - 1 == pytest.approx(float(growth.rstrip("%")) / 100, abs=0.002)
+
+
 def test_a_second_serve_on_the_cluster_is_refused(url: str, tiny_bundle: Path) -> None:
     with pytest.raises(UserError, match="already"):
         run(tiny_bundle, ServingConfig(port=free_port()), blocking=False)
@@ -101,45 +123,7 @@ def test_a_second_serve_on_the_cluster_is_refused(url: str, tiny_bundle: Path) -
         assert json.load(response)["status"] == "ok"
 
 
-def test_bundles_are_swapped_without_a_failed_request(url: str, tiny_bundle: Path, tmp_path: Path) -> None:
-    """`serve deploy` with other bundles, while clients ask; then with one that fails its golden request."""
-    second = shutil.copytree(tiny_bundle, tmp_path / "second")
-    wrong = shutil.copytree(tiny_bundle, tmp_path / "wrong")
-    manifest = json.loads((wrong / MANIFEST).read_text())
-    manifest["golden"]["items"].reverse()
-    (wrong / MANIFEST).write_text(json.dumps(manifest))
-    known = Recommender.load(tiny_bundle).catalogue.item_ids[0]
-    stop = threading.Event()
-
-    def served_by() -> list[str]:
-        return [model["name"] for model in get(f"{url}/v1/models")["models"]]
-
-    def ask() -> list[tuple[int, str]]:
-        answers = []
-        while not stop.is_set():
-            status, answer = post(f"{url}/v1/recommendations", {"history": [known], "k": 3})
-            answers.append((status, answer.get("model", str(answer))))
-        return answers
-
-    deploy({"first": str(tiny_bundle)})
-    until(lambda: served_by() == ["first"])
-    with ThreadPoolExecutor(3) as clients:
-        asking = [clients.submit(ask) for _ in range(3)]
-        deploy({"second": str(second), "first": str(tiny_bundle)})
-        until(lambda: served_by() == ["second", "first"])
-        assert get(f"{url}/ready")["swapped"]
-        deploy({"wrong": str(wrong)})
-        until(lambda: "golden request" in str(get(f"{url}/v1/models")["failed"]))
-        deploy({})
-        until(lambda: "at least 1 item" in str(get(f"{url}/v1/models")["failed"]))
-        stop.set()
-        answers = [answer for each in asking for answer in each.result()]
-    assert {status for status, _ in answers} == {200}
-    assert {model for _, model in answers} == {"first", "second"}
-    assert served_by() == ["second", "first"]
-
-
-def deploy(models: dict[str, str]) -> None:
+def deploy(models: dict[str, str], serving: dict[str, Any] | None = None) -> None:
     """What `serve deploy` does with deploy/serve.yaml, once Ray's dashboard has handed it on."""
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
@@ -147,11 +131,13 @@ def deploy(models: dict[str, str]) -> None:
     values = yaml.safe_load(SERVE_YAML.read_text())
     values["applications"][0]["deployments"][0]["user_config"]["models"] = models
     values["applications"][0]["name"] = "default"
+    if serving is not None:
+        values["applications"][0]["args"]["serving"] = serving
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(values))
 
 
 def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -183,6 +169,12 @@ def test_what_a_replica_raised_is_reported() -> None:
     assert _reason(user, "a/b") == "a/b: too long\nsay less"
     other = "failed 3 times. Error:\nRuntimeError: Traceback\n  File x, line 1\nsafetensors.SafetensorError: header\n"
     assert _reason(other, "a/b") == "a/b: cannot be served: safetensors.SafetensorError: header"
+
+
+def test_what_serve_itself_refuses_says_when_to_come_back() -> None:
+    deployment = application(ServingConfig(), None)._bound_deployment
+    assert deployment.backpressure_config.status_code == 503
+    assert deployment.backpressure_config.retry_after_s == 1
 
 
 def test_the_serve_config_file_fits() -> None:

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -48,18 +49,25 @@ def gate() -> Gate:
     return Gate(create_api(models))
 
 
-@pytest.fixture(scope="module")
-def url(gate: Gate) -> Iterator[str]:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(gate, log_level="critical"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+@contextmanager
+def listening(api: Any) -> Iterator[str]:
+    """The address of an ASGI application on uvicorn."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(api, log_level="critical"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture(scope="module")
+def url(gate: Gate) -> Iterator[str]:
+    with listening(gate) as url:
+        yield url
 
 
 def test_typed_answers(url: str, gate: Gate) -> None:
@@ -91,6 +99,15 @@ def test_what_may_pass_is_tried_again(url: str, gate: Gate) -> None:
     assert time.monotonic() - started >= 1  # what Retry-After said
     assert len(gate.asked) == before + 3
     assert len({asked["x-request-id"] for asked in gate.asked[before:]}) == 1
+
+
+def test_a_bare_500_is_a_proxy_whose_replica_died(url: str, gate: Gate) -> None:
+    gate.moods = [500, 502]
+    with Client(url) as client:
+        assert client.recommend(ASKED).items[0].item_id == "B09"
+        with pytest.raises(Refused, match="500: the server failed"):  # this one is the endpoint's own
+            client.recommend(RecommendationRequest(history=["B14"]))
+    assert gate.moods == []
 
 
 def test_retries_end(url: str, gate: Gate) -> None:

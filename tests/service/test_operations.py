@@ -41,9 +41,13 @@ def test_only_known_tokens_may_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert response.headers["www-authenticate"] == "Bearer"
             assert "secret" not in refused(response, 401)["detail"]
         refused(client.post(URL, json=ASKED), 401)
-        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json", "/v1/items/B01", "/nowhere"):
+        for path in ("/v1/models", "/metrics", "/v1/items/B01", "/docs/v1/models", "/nowhere"):
             refused(client.get(path), 401)
-        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        for path in ("/", "/docs", "/openapi.json", "/health", "/ready"):
+            response = client.get(path)
+            assert response.status_code == 200
+            assert "secret" not in response.text
+            assert "Trail Tent 1" not in response.text
 
 
 def test_a_source_without_tokens_opens_nothing(tmp_path: Path) -> None:
@@ -179,7 +183,7 @@ def test_requests_have_ids_and_histories_stay_out_of_the_log(caplog: pytest.LogC
     assert len(made.headers["x-request-id"]) == 32
     assert "shop-8" in refused(crashed, 500)["detail"]
     first, second, third = (json.loads(record.getMessage()) for record in caplog.records)
-    assert (first["request_id"], first["route"], first["status"], first["model"]) == ("shop-7", URL, 200, "a")
+    assert (first["request_id"], first["route"], first["status"], first["models"]) == ("shop-7", URL, 200, ["a"])
     assert "B10" not in json.dumps([first, second])
     assert (third["status"], caplog.records[2].levelname) == (500, "ERROR")
     assert "secret of the house" in third["traceback"]
@@ -187,6 +191,11 @@ def test_requests_have_ids_and_histories_stay_out_of_the_log(caplog: pytest.LogC
     with serving({"a": StandIn()}, log="histories") as client:
         client.post(URL, json=ASKED)
     assert json.loads(caplog.records[0].getMessage())["histories"] == [["B10"]]
+    caplog.clear()
+    with serving({"a": StandIn(), "b": StandIn()}) as client:
+        client.post(f"{URL}/batch", json={"requests": [ASKED | {"model": name} for name in ("b", "a", "b")]})
+    logged = json.loads(caplog.records[0].getMessage())
+    assert (logged["models"], logged["requests"]) == (["b", "a"], 3)
 
 
 def test_what_was_served_is_written_down_if_asked(tmp_path: Path) -> None:
