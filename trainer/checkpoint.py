@@ -54,7 +54,7 @@ def save(engine: DeepSpeedEngine, directory: Path, state: dict[str, Any]) -> Non
             value = _gather(engine, parameter, key)
             if index % workers == rank:
                 mine[f"{key or 'weight'}/{name}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-    save_file(mine, directory / _shard(rank, workers))
+    save_file(mine, directory / shards(workers)[rank])
 
     dist.barrier()
     if rank == 0:
@@ -87,20 +87,17 @@ def load(engine: DeepSpeedEngine, directory: Path) -> dict[str, Any]:
     parameters = list(_trainable(engine))
     _check_fit(directory, document["parameters"], {name: list(_shape(parameter)) for name, parameter in parameters})
 
-    workers = document["workers"]
+    names = shards(document["workers"])
     with ExitStack() as files:
         try:
-            shards = [
-                files.enter_context(safe_open(directory / _shard(rank, workers), framework="pt"))
-                for rank in range(workers)
-            ]
+            opened = [files.enter_context(safe_open(directory / name, framework="pt")) for name in names]
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{directory}: a file of this checkpoint is missing or damaged: {error}. {_REMEDY}"
             ) from error
         order = {name: index for index, name in enumerate(document["parameters"])}
         for name, parameter in parameters:
-            shard = shards[order[name] % workers]
+            shard = opened[order[name] % len(opened)]
             weight = shard.get_tensor(f"weight/{name}")
             _scatter(engine, parameter, None, weight)
             for key in MOMENTS:
@@ -125,8 +122,8 @@ def read_weights(directory: Path, model: nn.Module, prefix: str) -> None:
     """
     document = read_state(directory)
     names = list(document["parameters"])
-    for rank in range(document["workers"]):
-        with safe_open(Path(directory) / _shard(rank, document["workers"]), framework="pt") as shard:
+    for rank, file in enumerate(shards(document["workers"])):
+        with safe_open(Path(directory) / file, framework="pt") as shard:
             for name in names[rank :: document["workers"]]:
                 try:
                     model.get_parameter(name.removeprefix(prefix)).copy_(shard.get_tensor(f"weight/{name}"))
@@ -152,11 +149,12 @@ def read_state(directory: Path) -> dict[str, Any]:
     return document
 
 
+def shards(workers: int) -> list[str]:
+    """The names of a checkpoint's files of tensors, by rank."""
+    return [f"shard-{rank:05d}-of-{workers:05d}.safetensors" for rank in range(workers)]
+
+
 _REMEDY = "Resume from an earlier checkpoint or train from the start."
-
-
-def _shard(rank: int, workers: int) -> str:
-    return f"shard-{rank:05d}-of-{workers:05d}.safetensors"
 
 
 def _check_fit(directory: Path, saved: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:

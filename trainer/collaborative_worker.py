@@ -28,13 +28,16 @@ from recommender.collaborative.model import CollaborativeModel
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
 from recommender.errors import UserError
 from recommender.metrics import metric_values
+from trainer import storage
+from trainer.checkpoint import STATE_FILE
 from trainer.config import EvaluationConfig, LanguageModelConfig
 from trainer.curves import Curves
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.ranking import HeldOut, held_out, ranks_of
+from trainer.storage import COLLABORATIVE, SELECTION
 from trainer.windows import Epoch, TrainingWindows, pieces
-from trainer.worker import SELECTION, Meter, Progress
+from trainer.worker import Meter, Progress
 
 SCORES_AT_ONCE = 1 << 25  # of one forward pass: 128 MB, and as much again for their gradients
 
@@ -44,7 +47,6 @@ TOO_LARGE = (
 )
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_STATE, _TENSORS = "state.json", "training.safetensors"
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
             f"validation NDCG@10 {metrics[SELECTION]:.4f} in {summary['validation_seconds']:.1f} s"
             + (" (best so far)" if improved else "")
         )
-        report(model, optimiser, state, {**summary, "history": json.dumps(state["epochs"])})
+        report(model, optimiser, state, log)
 
 
 def optimiser_step(
@@ -188,18 +190,15 @@ def validate(
     return {f"validation_{name}": total / count for name, total in zip(values, totals, strict=True)}
 
 
-def report(
-    model: CollaborativeModel, optimiser: torch.optim.Optimizer, state: dict[str, Any], metrics: dict[str, Any]
-) -> None:
+def report(model: CollaborativeModel, optimiser: torch.optim.Optimizer, state: dict[str, Any], log: Path) -> None:
     """Report an epoch to Ray; rank 0 adds a checkpoint. Collective."""
     name = f"epoch-{len(state['epochs']):05d}"
     if dist.get_rank() != 0:
-        ray.train.report(metrics, checkpoint=None, checkpoint_dir_name=name)
+        storage.report(None, name, state, Progress(log))
         return
     with tempfile.TemporaryDirectory() as directory:
         save(Path(directory), model, optimiser, state)
-        saved = ray.train.Checkpoint.from_directory(directory)
-        ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=name)
+        storage.report(Path(directory), name, state, Progress(log))
 
 
 def save(directory: Path, model: CollaborativeModel, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -207,15 +206,15 @@ def save(directory: Path, model: CollaborativeModel, optimiser: torch.optim.Opti
     tensors = {f"weight/{name}": parameter.detach() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         tensors |= {f"{moment}/{name}": optimiser.state[parameter][moment] for moment in _MOMENTS}
-    save_file(tensors, directory / _TENSORS)
-    (directory / _STATE).write_text(json.dumps(state))
+    save_file(tensors, directory / COLLABORATIVE)
+    (directory / STATE_FILE).write_text(json.dumps(state))
 
 
 @torch.no_grad()
 def load(directory: Path, model: CollaborativeModel, optimiser: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """Restore weights and, with an optimiser, its moments; return the state that was saved."""
-    state: dict[str, Any] = json.loads((directory / _STATE).read_text())
-    tensors = load_file(directory / _TENSORS)
+    state: dict[str, Any] = json.loads((directory / STATE_FILE).read_text())
+    tensors = load_file(directory / COLLABORATIVE)
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[f"weight/{name}"])
         if optimiser is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tensorboardX.event_file_writer import EventsWriter
@@ -31,14 +32,20 @@ class Curves:
         """
         if self._directory is None:
             return
+        points = [
+            Summary.Value(tag=f"{group}/{name}".replace("@", "_"), simple_value=value) for name, value in values.items()
+        ]
+        with suppress(OSError):  # a full disk stops training where a checkpoint cannot be saved, and not here
+            file = self._opened()
+            file.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
+            file.flush()
+
+    def _opened(self) -> EventsWriter:
+        assert self._directory is not None
         if self._file is None:
             self._directory.mkdir(parents=True, exist_ok=True)
             suffix = f".after-{self._step}"  # the time in a file's name is in whole seconds
             self._file = EventsWriter(str(self._directory / "events"), suffix)
             start = SessionLog(status=SessionLog.START)
             self._file.write_event(Event(wall_time=time.time(), step=self._step + 1, session_log=start))
-        points = [
-            Summary.Value(tag=f"{group}/{name}".replace("@", "_"), simple_value=value) for name, value in values.items()
-        ]
-        self._file.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
-        self._file.flush()
+        return self._file

@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from ray.train.v2.api.callback import RayTrainCallback
 from recommender.errors import UserError
 from trainer.experiment import Experiment
 from trainer.prepare import Say
-from trainer.run import FAILURE
-from trainer.worker import SELECTION, train_worker
+from trainer.run import CHECKPOINTS, FAILURE
+from trainer.storage import SELECTION, drop_damaged
+from trainer.worker import train_worker
 
 
 @contextmanager
@@ -57,15 +58,16 @@ def following(log: Path, say: Say) -> Iterator[None]:
 
 
 def _failure(error: TrainingFailedError, report: Path) -> str:
-    """What ended a run whose restarts are used up; the workers' tracebacks go to `report`."""
-    report.write_text(str(error))
+    """What ended a run; the workers' tracebacks go to `report`."""
+    with suppress(OSError):  # a full disk may be what ended it
+        report.write_text(str(error))
     causes = error.worker_failures if isinstance(error, WorkerGroupError) else {}
     rank, cause = next(iter(causes.items()), (None, error))
     last = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+    where = "" if rank is None else f" on worker {rank}, and cluster.max_failures restarts are used up"
     return (
-        f"training failed{'' if rank is None else f' on worker {rank}'}, and cluster.max_failures restarts are used "
-        f"up: {last}\nThe whole traceback: {report}. Once the cause is mended, the same command goes on from the "
-        "latest checkpoint."
+        f"training failed{where}: {last}\nThe whole traceback: {report}. Once the cause is mended, the same command "
+        "goes on from the latest checkpoint."
     )
 
 
@@ -84,8 +86,23 @@ class Trained:
     history: list[Any]
 
 
+def _run(trainer: TorchTrainer, log: Path, too_large: str) -> Any:
+    """What Ray returns, its errors in words."""
+    try:
+        result: Any = trainer.fit()  # Ray's stubs show the old Result
+    except SystemExit:  # Ray's way to end on Ctrl-C, with a status of 0
+        raise KeyboardInterrupt from None
+    except TrainingFailedError as error:
+        if too_large in str(error):
+            raise UserError(too_large) from error
+        raise UserError(_failure(error, log.parent / FAILURE)) from error
+    if result.return_value["error"]:
+        raise UserError(result.return_value["error"])
+    return result
+
+
 def run_to_best(trainer: TorchTrainer, log: Path, say: Say, too_large: str) -> Trained:
-    """Run a job to its end, saying what its workers log.
+    """Run a job to its end, saying what its workers log. Damaged checkpoints are passed over for the ones before.
 
     Args:
         too_large: what a worker raises where memory is short, the remedy in it.
@@ -93,17 +110,16 @@ def run_to_best(trainer: TorchTrainer, log: Path, say: Say, too_large: str) -> T
     Raises:
         UserError: training stopped; says why, and what to do.
     """
+    checkpoints = log.parent / CHECKPOINTS
     with following(log, say):
-        try:
-            result: Any = trainer.fit()  # Ray's stubs show the old Result
-        except SystemExit:  # Ray's way to end on Ctrl-C, with a status of 0
-            raise KeyboardInterrupt from None
-        except TrainingFailedError as error:
-            if too_large in str(error):
-                raise UserError(too_large) from error
-            raise UserError(_failure(error, log.parent / FAILURE)) from error
-    if result.return_value["error"]:
-        raise UserError(result.return_value["error"])
+        drop_damaged(checkpoints, say)
+        while True:
+            try:
+                result = _run(trainer, log, too_large)
+                break
+            except UserError:
+                if not drop_damaged(checkpoints, say):  # one of which the workers, restarted, should have gone on
+                    raise
     checkpoint, metrics = best_checkpoint(result)
     history = json.loads(result.metrics["history"])  # of the last epoch, so of all of them
     return Trained(checkpoint, metrics, history)

@@ -21,7 +21,8 @@ from trainer.data.dataset import Dataset
 from trainer.data.splits import SPLITS
 from trainer.experiment import Experiment
 from trainer.ranking import held_out
-from trainer.worker import SELECTION, learning_rate
+from trainer.storage import SELECTION
+from trainer.worker import learning_rate
 
 REPORT = "report.html"
 _SEGMENTED = "NDCG@10"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ def claim(experiment: Experiment, data_fingerprint: str, fresh: bool, sweep: Swe
             (directory / left).unlink(missing_ok=True)
     check_claim(experiment, data_fingerprint, sweep)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / IDENTITY).write_text(json.dumps(_identity(experiment, data_fingerprint, sweep), indent=2))
+    aside = directory / f"{IDENTITY}.partial"  # a full disk leaves the old one as it was
+    aside.write_text(json.dumps(_identity(experiment, data_fingerprint, sweep), indent=2))
+    os.replace(aside, directory / IDENTITY)
 
 
 def _identity(experiment: Experiment, data_fingerprint: str | None, sweep: SweepConfig | None) -> dict[str, Any]:

@@ -5,11 +5,11 @@ All ranks make the same sequence of collective calls: the same number of micro-b
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from recommender.metrics import metric_values
 from recommender.probe import check_tree
 from recommender.recommender import Recommender, starting_point
 from recommender.tree import Row, collate, padded_length
-from trainer import checkpoint
+from trainer import checkpoint, storage
 from trainer.config import TrainingConfig
 from trainer.curves import Curves
 from trainer.data.dataset import Dataset
@@ -41,8 +41,7 @@ from trainer.module import MicroBatch, TrainedModel, dtype_of
 from trainer.plan import BatchPlan, Step
 from trainer.ranking import held_out, ranks_of
 from trainer.rows import TrainingRows
-
-SELECTION = "validation_NDCG@10"
+from trainer.storage import SELECTION
 
 NOT_FINITE = (
     "The weights were not updated and the latest checkpoint is good. Lower training.learning_rate or the objective's "
@@ -134,8 +133,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
             meter.update(state["step"], step, int(rows.lengths[step.rows].sum()), means, rate)
             inside = state["step"] % plan.steps_per_epoch
             if training.checkpoint_every and inside and inside % training.checkpoint_every == 0:
-                # Worse than any validated checkpoint: it is only kept while it is the latest.
-                report(engine, state, {"epoch": epoch, "step": state["step"], SELECTION: -1.0})
+                report(engine, state, log)
         metrics = validate(engine, experiment, space, dataset)
         improved = metrics[SELECTION] > state["best"]
         state["best"] = max(state["best"], metrics[SELECTION])
@@ -149,7 +147,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
             f"validation NDCG@10 {metrics[SELECTION]:.4f} in {metrics['validation_seconds']:.0f} s"
             + (" (best so far)" if improved else "")
         )
-        report(engine, state, {**summary, "history": json.dumps(state["epochs"])})
+        report(engine, state, log)
 
 
 def starting_backbone(experiment: Experiment, space: ItemSpace) -> Backbone:
@@ -277,12 +275,11 @@ def unsharded(engine: Any, experiment: Experiment, space: ItemSpace) -> Backbone
     return replica.backbone
 
 
-def report(engine: Any, state: dict[str, Any], metrics: dict[str, Any]) -> None:
-    """Save a checkpoint, each rank its share, and report it with the metrics. Collective."""
+def report(engine: Any, state: dict[str, Any], log: Path) -> None:
+    """Save a checkpoint, each rank its share, and report it with the state's metrics. Collective."""
     with tempfile.TemporaryDirectory() as directory:
         checkpoint.save(engine, Path(directory), state)
-        saved = ray.train.Checkpoint.from_directory(directory)
-        ray.train.report(metrics, checkpoint=saved, checkpoint_dir_name=f"step-{state['step']:08d}")
+        storage.report(Path(directory), f"step-{state['step']:08d}", state, Progress(log))
 
 
 def raise_non_finite(number: int, step: Step, sums: dict[str, float]) -> None:
@@ -293,15 +290,18 @@ def raise_non_finite(number: int, step: Step, sums: dict[str, float]) -> None:
 
 
 class Progress:
-    """Lines of progress from rank 0: into the run's log, which the driver shows, and to the worker's own output."""
+    """Lines of progress from rank 0: into the run's log, which the driver shows, and to the worker's own output.
 
-    def __init__(self, log: Path, rank: int):
+    A log that cannot be written stops nothing: a full disk is dealt with where a checkpoint is saved.
+    """
+
+    def __init__(self, log: Path, rank: int = 0):
         self._log = log if rank == 0 else None
 
     def __call__(self, text: str) -> None:
         if self._log is not None:
             print(text, flush=True)
-            with self._log.open("a") as file:
+            with suppress(OSError), self._log.open("a") as file:
                 file.write(text + "\n")
 
 

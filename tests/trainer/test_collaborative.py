@@ -87,7 +87,7 @@ def run_case(experiment: str, prepared: str, directory: str) -> dict[str, Any]:
     """Train, but report to a directory instead of to Ray."""
     import torch.distributed as dist
 
-    def report(model: Any, optimiser: Any, state: dict[str, Any], metrics: dict[str, Any]) -> None:
+    def report(model: Any, optimiser: Any, state: dict[str, Any], log: Path) -> None:
         if dist.get_rank() == 0:
             at = Path(directory) / f"epoch-{len(state['epochs'])}"
             at.mkdir(parents=True)

@@ -116,7 +116,7 @@ def run_case(experiment: str, prepared: str, directory: str, resume_from: str | 
     original = worker.report, ray.train.get_checkpoint, worker.optimiser_step
     losses: list[float] = []
 
-    def report(engine: Any, state: dict[str, Any], metrics: dict[str, Any]) -> None:
+    def report(engine: Any, state: dict[str, Any], log: Path) -> None:
         checkpoint.save(engine, Path(directory) / f"step-{state['step']}", state)
 
     def optimiser_step(*arguments: Any) -> dict[str, float]:
