@@ -135,7 +135,8 @@ class Models:
     def _opened(self, name: str, path: Path) -> Served:
         try:
             device = "cuda" if self.config.gpus_per_replica else "cpu"
-            recommender = load_recommender(path, device, search=self.config.search)
+            config = self.config
+            recommender = load_recommender(path, device, search=config.search, history_cache=config.history_cache_bytes)
             golden.check(recommender)
             return self._around(name, recommender)
         except UserError:
