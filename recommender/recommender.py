@@ -50,12 +50,9 @@ class Recommender:
         self.catalogue = space.catalogue
         self.backbone.model.eval()
         self._longest_response = int(np.diff(space.identifiers.offsets).max())
-        self._search = TreeSearch(
-            backbone,
-            space.trie,
-            manifest.search.at_temperature(manifest.temperature),
-            Prefixes(backbone, space.prompt.prefix, len(space.prompt.suffix), history_cache),
-        )
+        self.prefixes = Prefixes(backbone, space.prompt.prefix, len(space.prompt.suffix), history_cache)
+        config = manifest.search.at_temperature(manifest.temperature)
+        self._search = TreeSearch(backbone, space.trie, config, self.prefixes)
 
     @cached_property
     def _scorer(self) -> CandidateScorer:
