@@ -56,7 +56,7 @@ class ServingConfig(StrictModel):
     precision: Literal["float32", "bfloat16"] | None = Field(
         None,
         description="Of language models' weights; null: as they were saved. bfloat16 takes half the memory of float32 "
-        "and, on a GPU or a CPU with instructions for it (AVX-512 BF16, AMX), about half the time for the prompts.",
+        "and, on a CPU with instructions for it (AVX-512 BF16, AMX), about half the time for the prompts.",
     )
     history_cache_bytes: int = Field(
         0,
