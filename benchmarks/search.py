@@ -136,10 +136,12 @@ class Served:
 
     Attributes:
         configs: the bundle's own search settings by score.
+        histories: item indices, oldest first, of the prompts.
         targets: int64 [M]; what followed each history.
     """
 
     recommender: Recommender
+    histories: list[np.ndarray]
     prompts: list[np.ndarray]
     targets: np.ndarray
     configs: dict[str, SearchConfig]
@@ -166,6 +168,7 @@ class Served:
         exact = manifest.search.model_copy(update={"mode": "exact"})
         return cls(
             recommender,
+            split.histories,
             [recommender.space.prompt.encode(history) for history in split.histories],
             split.targets,
             {
@@ -177,7 +180,8 @@ class Served:
 
     def tree(self, trie: RadixTrie, k: int, score: str, **changes: object) -> Callable[[Prompts], list[Ranking]]:
         """The search that is served, with changed settings."""
-        search = TreeSearch(self.backbone, trie, self.configs[score].model_copy(update=changes))
+        config = self.configs[score].model_copy(update=changes)
+        search = TreeSearch(self.backbone, trie, config, self.recommender.prefixes)
         return lambda prompts: search.search(prompts, k)
 
     def masked(self, trie: TokenTrie, k: int, score: str) -> Callable[[Prompts], list[np.ndarray]]:

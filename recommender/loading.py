@@ -18,6 +18,7 @@ def load_recommender(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     search: SearchConfig | None = None,
+    history_cache: int = 0,
 ) -> AnyRecommender:
     """Open a bundle as the recommender that its manifest names.
 
@@ -26,11 +27,12 @@ def load_recommender(
         device: e.g. "cpu", "cuda".
         dtype: of a language model's weights; None = as they were saved.
         search: in place of a language model's own search settings. A collaborative model scores every item.
+        history_cache: bytes of keys and values of histories that a language model keeps.
 
     Raises:
         UserError: missing, damaged or of another version.
     """
     directory = Path(bundle).expanduser()
     if read_manifest(directory).kind == LANGUAGE_MODEL:
-        return Recommender.load(directory, device, dtype, search)
+        return Recommender.load(directory, device, dtype, search, history_cache)
     return CollaborativeRecommender.load(directory, device)

@@ -17,6 +17,7 @@ from recommender.config import LoraConfig, SearchConfig
 from recommender.errors import UserError
 from recommender.golden import record
 from recommender.items import ItemSpace
+from recommender.prefixes import Prefixes
 from recommender.recommendation import Recommendation
 from recommender.scoring import CandidateScorer
 from recommender.search import TreeSearch
@@ -32,8 +33,9 @@ class Recommender:
 
     Args:
         space: items, identifiers, trie, prompt.
-        backbone: the trained model, in eval mode.
+        backbone: the trained model, in eval mode; its weights may not change any more.
         manifest: name, search settings, metrics.
+        history_cache: bytes of keys and values of histories to keep; see `recommender/prefixes.py`.
 
     Example:
         >>> recommender = Recommender.load("runs/demo/bundle")                                # doctest: +SKIP
@@ -41,14 +43,16 @@ class Recommender:
         >>> [recommender.catalogue.titles[i] for i in recommender.recommend([history], k=5)[0].items]  # doctest: +SKIP
     """
 
-    def __init__(self, space: ItemSpace, backbone: Backbone, manifest: Manifest):
+    def __init__(self, space: ItemSpace, backbone: Backbone, manifest: Manifest, history_cache: int = 0):
         self.space = space
         self.backbone = backbone
         self.manifest = manifest
         self.catalogue = space.catalogue
         self.backbone.model.eval()
         self._longest_response = int(np.diff(space.identifiers.offsets).max())
-        self._search = TreeSearch(backbone, space.trie, manifest.search.at_temperature(manifest.temperature))
+        self.prefixes = Prefixes(backbone, space.prompt.prefix, len(space.prompt.suffix), history_cache)
+        config = manifest.search.at_temperature(manifest.temperature)
+        self._search = TreeSearch(backbone, space.trie, config, self.prefixes)
 
     @cached_property
     def _scorer(self) -> CandidateScorer:
@@ -61,6 +65,7 @@ class Recommender:
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         search: SearchConfig | None = None,
+        history_cache: int = 0,
     ) -> Recommender:
         """Open a bundle.
 
@@ -69,6 +74,7 @@ class Recommender:
             device: e.g. "cpu", "cuda".
             dtype: of the weights; None = as they were saved.
             search: in place of the bundle's own search settings.
+            history_cache: bytes of keys and values of histories to keep.
 
         Raises:
             UserError: missing, damaged, of another version, or the bundle of a collaborative model.
@@ -79,7 +85,7 @@ class Recommender:
             manifest = manifest.model_copy(update={"search": search})
         space = ItemSpace.load(directory)
         model: Any = _open(directory, manifest, dtype)
-        return cls(space, Backbone(model.to(device), space.tokenizer), manifest)
+        return cls(space, Backbone(model.to(device), space.tokenizer), manifest, history_cache)
 
     def save(self, directory: str | Path) -> None:
         """Write the bundle; complete or absent."""

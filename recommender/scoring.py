@@ -1,4 +1,7 @@
-"""Scores of given candidates: one prompt tree a history, in which every candidate is a branch."""
+"""Scores of given candidates: one prompt tree a history, in which every candidate is a branch.
+
+What is kept of how the prompt begins (`recommender/prefixes.py`) is not computed again.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from recommender.cache import TreeCache
 from recommender.ragged import ragged
 from recommender.search import log_softmax_within
-from recommender.tree import Sample, build_row, collate
+from recommender.tree import Batch, Sample, build_row, collate
 
 if TYPE_CHECKING:
     from recommender.search import TreeSearch
@@ -42,8 +46,8 @@ class CandidateScorer:
         items, place = np.unique(np.asarray(candidates), return_inverse=True)
         backbone, device = self._search.backbone, self._search.backbone.device
         batch = collate([build_row([self._sample(prompt, item) for item in items])], backbone.padding).to(device)
-        hidden = backbone.hidden(batch.input_ids, batch.attention_mask(), batch.position_ids).flatten(0, 1)
-        source, predictor = torch.unique(batch.source, return_inverse=True)
+        kept, hidden = self._hidden(prompt, batch)
+        source, predictor = torch.unique(batch.source - kept, return_inverse=True)
         steps = self._valid if self._search.config.score == "valid" else self._full
         scores = torch.zeros(len(items), device=device, dtype=torch.float64)
         scores.index_add_(0, batch.sample, steps(hidden[source], predictor, batch.target, batch.nodes).double())
@@ -51,6 +55,21 @@ class CandidateScorer:
         if np.isnan(found).any():
             raise FloatingPointError("the backbone returned NaN logits")
         return found[place]
+
+    def _hidden(self, prompt: np.ndarray, batch: Batch) -> tuple[int, torch.Tensor]:
+        """How many of the row's first tokens are kept, and the hidden states [L', D] of the others."""
+        backbone, prefixes = self._search.backbone, self._search.prefixes
+        kept, states = prefixes.longest(prompt)
+        length = batch.input_ids.shape[1]
+        cache, mask = TreeCache(backbone.num_layers, 1, length), batch.attention_mask()
+        if kept:
+            cache.load(slice(None), states, kept)
+            causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=backbone.device).tril()
+            mask = (causal if mask is None else mask)[:, :, kept:]
+        cache.append_at(kept)
+        hidden = backbone.hidden(batch.input_ids[:, kept:], mask, batch.position_ids[:, kept:], cache)
+        prefixes.keep([prompt], cache)
+        return kept, hidden[0]
 
     def _sample(self, prompt: np.ndarray, item: int) -> Sample:
         """A candidate's branch. What is forced after its last choice adds 0 to the `valid` score and is left out."""

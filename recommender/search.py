@@ -27,6 +27,8 @@ import torch
 
 from recommender.cache import TreeCache
 from recommender.config import SearchConfig
+from recommender.prefill import prefill
+from recommender.prefixes import Prefixes
 from recommender.ragged import ragged
 from recommender.trie import RadixTrie
 
@@ -61,11 +63,17 @@ class Ranking:
 
 
 class TreeSearch:
-    """Search over one catalogue with one backbone (which must be in `eval` mode)."""
+    """Search over one catalogue with one backbone (which must be in `eval` mode).
 
-    def __init__(self, backbone: Backbone, trie: RadixTrie, config: SearchConfig) -> None:
+    `prefixes` are what prompts begin with; None shares nothing between prompts.
+    """
+
+    def __init__(
+        self, backbone: Backbone, trie: RadixTrie, config: SearchConfig, prefixes: Prefixes | None = None
+    ) -> None:
         self.backbone = backbone
         self.config = config
+        self.prefixes = prefixes or Prefixes(backbone, np.empty(0, np.int32))
         self.trie = trie.to(backbone.device)
         self.items = len(trie)
         self._leaf_of_item = trie.leaf_of_item
@@ -112,9 +120,9 @@ class TreeSearch:
             raise RuntimeError("dropout would falsify the scores: call model.eval() before a search")
         rows = self._open_rows(prompts, k, self._allowed(len(prompts), exclude, allow))
         answers = _Answers(rows)
-        cache = TreeCache(self.backbone.num_layers, _CACHE_HEADROOM)
-        tree = _AppendedTree(self.backbone.device)
-        self._expand_root(rows, cache, prompts)
+        run = prefill(self.backbone, [np.asarray(p, np.int32) for p in prompts], self.prefixes, _CACHE_HEADROOM)
+        rows, cache, tree = rows.select(run.order), run.cache, _AppendedTree(self.backbone.device)
+        self._expand_root(rows, run.hidden)
         while True:
             step = self._choose(rows)
             if step is None:
@@ -186,19 +194,13 @@ class TreeSearch:
         listed = items if isinstance(items, np.ndarray) else list(items or ())
         return self._leaf_of_item[np.asarray(listed, np.int64)].astype(np.int64)
 
-    def _expand_root(self, rows: _Rows, cache: TreeCache, prompts: Sequence[np.ndarray | Sequence[int]]) -> None:
-        """Run the prompts, right-padded under the plain causal mask, and score the root's children."""
-        count, longest = len(prompts), max(len(prompt) for prompt in prompts)
-        padded = np.zeros((count, longest), np.int64)
-        for row, prompt in enumerate(prompts):
-            padded[row, : len(prompt)] = prompt
-        device = rows.index.device
-        position_ids = torch.arange(longest, device=device).expand(count, longest)
-        hidden = self.backbone.hidden(torch.from_numpy(padded).to(device), None, position_ids, cache)
-        hidden = hidden[rows.index, rows.prompt_length - 1]
-
+    def _expand_root(self, rows: _Rows, hidden: torch.Tensor) -> None:
+        """Score the root's children after the prompts."""
+        count, device = len(rows), rows.index.device
         roots = torch.zeros(count, dtype=torch.int64, device=device)
-        nodes = _Nodes(row=rows.index, node=roots, score=torch.zeros(count, device=device), expansion=roots)
+        nodes = _Nodes(
+            row=torch.arange(count, device=device), node=roots, score=torch.zeros(count, device=device), expansion=roots
+        )
         self._receive(rows, nodes, _Sizes(entries=count * self.root_children, widest=self.root_children), hidden)
 
     def _choose(self, rows: _Rows) -> _Step | None:

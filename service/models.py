@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recommender import golden
 from recommender.catalogue import Catalogue
 from recommender.columns import columns_of
@@ -135,7 +137,9 @@ class Models:
     def _opened(self, name: str, path: Path) -> Served:
         try:
             device = "cuda" if self.config.gpus_per_replica else "cpu"
-            recommender = load_recommender(path, device, search=self.config.search)
+            dtype = None if self.config.precision is None else getattr(torch, self.config.precision)
+            cache = self.config.history_cache_bytes
+            recommender = load_recommender(path, device, dtype, self.config.search, cache)
             golden.check(recommender)
             return self._around(name, recommender)
         except UserError:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import profile_search
 from benchmarks import search as benchmark
 from benchmarks.beams import GenerateBeams, MaskedBeams, TokenTrie
 from benchmarks.catalogues import extended_titles
@@ -152,3 +153,15 @@ def test_all_tables_of_a_bundle(tiny_bundle: Path) -> None:
     assert masked == generate
     assert benchmark.quality_table(served, cases[0], [10], [5], 2, 1).row_count == 1 + 2 * 4
     assert benchmark.catalogues_table(cases).row_count == 2
+
+
+def test_a_profile_puts_every_matrix_product_where_it_belongs(tiny_bundle: Path) -> None:
+    served = benchmark.Served.load(tiny_bundle, tiny_bundle.parent, 4, "cpu")
+    backbone = profile_search.SpannedBackbone(served.backbone.model, served.backbone.tokenizer)
+    search = profile_search.SpannedSearch(backbone, served.recommender.space.trie, served.configs["valid"])
+    spent, operators, _ = profile_search.profiled(lambda: search.search(served.prompts, 5), 1)
+    assert set(spent) == {(part, kind) for part in profile_search.PARTS for kind in profile_search.KINDS}
+    with_products = {part for part in profile_search.PARTS if spent[part, profile_search.PRODUCTS]}
+    assert {profile_search.PREFILLS, profile_search.EXPANSIONS} <= with_products
+    assert with_products <= {profile_search.PREFILLS, profile_search.EXPANSIONS, profile_search.LOGITS}
+    assert all(operators[part] for part in profile_search.PARTS)

@@ -353,7 +353,7 @@ def test_the_cache_grows_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.items.tolist() == other.items.tolist()
         np.testing.assert_array_equal(one.scores, other.scores)
 
-    cache = TreeCache(layers=1, headroom=2)
+    cache = TreeCache(layers=1, rows=2, capacity=6)
     first, second = torch.rand(2, 3, 4, 8), torch.rand(2, 3, 2, 8)
     buffer = cache.update(first, first, 0)[0].data_ptr()
     keys, values = cache.update(second, second + 1, 0)

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from recommender.bundle import MANIFEST
 from recommender.errors import UserError
+from recommender.recommender import Recommender
 from service.api import create_api
 from service.auth import read_tokens
 from service.config import ServingConfig
@@ -211,6 +213,22 @@ def test_what_was_served_is_written_down_if_asked(tmp_path: Path) -> None:
 
 
 # ---- Bundles ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_served_in_the_precision_and_histories_kept_in_the_memory_that_are_asked_for(
+    tiny_bundle: Path,
+) -> None:
+    models = Models(ServingConfig(precision="bfloat16", history_cache_bytes=10_000_000), Metrics())
+    asyncio.run(models.swap({"half": str(tiny_bundle)}))
+    served = models.get("half")
+    assert served is not None
+    recommender = served.recommender
+    assert isinstance(recommender, Recommender)
+    assert recommender.backbone.dtype == torch.bfloat16
+    recommender.recommend([[3, 50, 7]], 5)
+    assert recommender.prefixes.bytes > 0
+    with pytest.raises(ValidationError, match="history_cache_bytes"):
+        ServingConfig(history_cache_bytes=-1)
 
 
 def test_bundles_replace_each_other_whole_or_not_at_all(tiny_bundle: Path, tmp_path: Path) -> None:
