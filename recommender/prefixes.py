@@ -29,7 +29,8 @@ class Prefixes:
         backbone: in eval mode.
         instruction: int32 [p]; what prompts begin with. It is computed once, when it is first met.
         suffix: tokens that close a prompt behind its history.
-        max_bytes: of kept histories; those that were not used for longest make room. 0 keeps none.
+        max_bytes: of kept histories, on the backbone's device; those that were not used for longest make room. 0
+            keeps none.
     """
 
     def __init__(self, backbone: Backbone, instruction: np.ndarray, suffix: int = 0, max_bytes: int = 0) -> None:
@@ -66,6 +67,8 @@ class Prefixes:
             if len(trunk) <= len(self._instruction) or key in self._histories:
                 continue
             states = cache.states(row, len(trunk))
+            if _size(states) > self.max_bytes:
+                continue
             self._histories[key] = states
             self._lengths[len(key)] += 1
             self.bytes += _size(states)

@@ -143,6 +143,7 @@ def test_the_history_that_was_not_used_for_longest_makes_room() -> None:
     for prompt in (a, b, a, c):
         keeping.search([prompt], 1)
     assert keeping.prefixes.bytes == 2 * size
+    keeping.search([tokens(generator, 21)], 1)  # there will never be room for it
     assert [keeping.prefixes.longest(prompt)[0] for prompt in (a, b, c)] == [9, 0, 9]
 
 
