@@ -158,7 +158,8 @@ class Catalogue:
 
     @classmethod
     def load(cls, directory: Path) -> Catalogue:
-        table = pq.read_table(directory / "catalogue.parquet")
+        with pq.ParquetFile(directory / "catalogue.parquet") as file:  # `read_table` would import pandas
+            table = file.read()
         popularity = None
         if POPULARITY in table.column_names:
             popularity = table[POPULARITY].to_numpy()
