@@ -11,7 +11,8 @@ from ray import serve
 _empty, _generating = FastAPI(), FastAPI()
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
+# Serve's own limit of 5 would make its router back off under load, and what waits then is answered slowly for long.
+@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000)
 @serve.ingress(_empty)
 class Empty:
     """Answers at once: what HTTP, Serve's proxy and a replica cost."""

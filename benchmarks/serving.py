@@ -14,8 +14,8 @@ filters.
 
 First closed loops: N clients that ask again as soon as they are answered. Then, for each endpoint, an open loop at 70 %
 of the most answers a second that it gave: latency counts from when a request was due. Latencies are of status 200;
-the others are counted. `--soak` goes on with ilrec's open loop and prints by
-the minute what memory Serve's processes hold.
+the others are counted. `--soak` goes on with ilrec's open loop and prints by the minute what memory Serve's processes
+hold.
 """
 
 from __future__ import annotations
@@ -150,14 +150,15 @@ def memory() -> dict[str, float]:
 
 def soak(ask: Callable[[float], Measured], minutes: float) -> Table:
     """An open loop that goes on: what it got and what Serve's processes held, minute by minute after a warm-up."""
-    lengths = [6 * minutes, *[60 * minutes / max(1, round(minutes))] * max(1, round(minutes))]
+    rows = max(1, round(minutes))
+    lengths = [6 * minutes, *[60 * minutes / rows] * rows]
     names = sorted(memory())
     shown = Table("minute", "requests/s", "p50 ms", "p99 ms", "refused", *(f"{each} MiB" for each in names))
     shown.title = f"soak: {minutes:g} minutes after a warm-up of {6 * minutes:g} s"
     held = []
     for minute, seconds in enumerate(lengths):
         measured = ask(seconds)
-        held.append(memory())
+        held.append(dict.fromkeys(names, float("nan")) | memory())  # one may be about to be replaced
         figures = [f"{value:.1f}" for value in (measured.rate, measured.percentile(50), measured.percentile(99))]
         figures.append(str(sum(measured.refused.values())))
         shown.add_row(str(minute or "warm-up"), *figures, *(f"{held[-1][name]:.1f}" for name in names))

@@ -14,13 +14,8 @@ from recommender.errors import UserError
 from service.config import ServingConfig
 from service.problems import Problem
 
-OPEN_PATHS = (
-    "/",
-    "/docs",
-    "/openapi.json",
-    "/health",
-    "/ready",
-)  # browsers and probes bring no tokens; none shows data
+# Browsers and probes bring no tokens; none of these shows data.
+OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health", "/ready")
 
 
 def read_tokens(config: ServingConfig) -> list[bytes]:
