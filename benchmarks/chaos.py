@@ -153,7 +153,6 @@ def kill(cluster: LocalCluster, job: Job, what: str, victim: int) -> Kill:
         cluster.kill_worker(victim)
     elif what == "node":
         cluster.kill_node(victim)
-        cluster.add_node()
     else:
         job.driver.kill()
         job.driver.wait()
@@ -161,6 +160,8 @@ def kill(cluster: LocalCluster, job: Job, what: str, victim: int) -> Kill:
     # Workers may say another step or two before they miss the one that is gone; who starts says this first.
     job.until(lambda: _STEP.search(job.log[before:].partition(" steps an epoch on ")[2]))
     seconds = time.monotonic() - started
+    if what == "node":
+        cluster.add_node()  # to spare, as the one was that took over
     since = job.log[before:]
     done = [int(each) for each, _ in _STEP.findall(since.partition(" steps an epoch on ")[0])]
     step = max([step, *done])

@@ -3,95 +3,84 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
-from ray.cluster_utils import Cluster
+
+from recommender.errors import UserError
 
 ILREC = Path(__file__).parents[1] / "ilrec.py"
-_STORE = 80 * 2**20  # of a node, for objects
+_SETTINGS = {  # what workers inherit from their node: each step is said, and who is gone is missed soon
+    "ILREC_PROGRESS_SECONDS": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ILREC.parent),
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+}
+_DEADLINE = 180  # seconds for a node to start
 
 
 class LocalCluster:
     """A head without CPUs, and nodes with one CPU each: a node holds one worker. Leaving the block ends all of it.
+
+    Its nodes are processes of their own, so that a Ray of this process is left alone.
 
     Args:
         nodes: besides the head.
     """
 
     def __init__(self, nodes: int):
-        self._nodes = nodes
+        self._number = nodes
+        self._started: list[subprocess.Popen[bytes]] = []  # the head and all nodes that ever were
+        self._nodes: list[subprocess.Popen[bytes]] = []
         self._drivers: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> LocalCluster:
-        # Workers inherit these from their node. Each step is said, and a node that is gone is missed after seconds.
-        self._before = dict(os.environ)
-        os.environ |= {
-            "ILREC_PROGRESS_SECONDS": "0",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ILREC.parent),
-            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-            "RAY_USAGE_STATS_ENABLED": "0",
-        }
-        health = {
-            "health_check_initial_delay_ms": 0,
-            "health_check_period_ms": 500,
-            "health_check_failure_threshold": 4,
-        }
-        self._cluster = Cluster(
-            initialize_head=True,
-            head_node_args={
-                "num_cpus": 0,
-                "object_store_memory": _STORE,
-                "include_dashboard": False,
-                "_system_config": health,
-            },
-        )
-        for _ in range(self._nodes):
-            self.add_node()
+        self._directory = Path(tempfile.mkdtemp(prefix="ray-"))  # Ray's sockets lie below: no long names
+        self._log = self._directory / "nodes.log"
+        # A token of its own: Ray listens to the network, and this user's token, if there is one, is for other clusters.
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self._environment = inherited | _SETTINGS | token
+        head = ["--head", "--port=0", "--num-cpus=0", "--include-dashboard=false", "--disable-usage-stats"]
+        head += [f"--ray-client-server-port={_free_port()}", f"--temp-dir={self._directory / 'r'}"]
+        try:
+            self._start(head)
+            self._wait_for(1)
+            self._address = re.findall(r"--address='([\d.:]+)'", self._log.read_text())[0]
+            for _ in range(self._number):
+                self.add_node()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for driver in self._drivers:
-            driver.kill()
-            driver.wait()
-        self._cluster.shutdown()
-        os.environ.clear()
-        os.environ.update(self._before)
+        for process in [*self._drivers, *reversed(self._started)]:
+            _kill(process)
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def ilrec(self, arguments: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
         """Start an `ilrec` command as a driver on the head; what it says is appended to `output`."""
-        with output.open("ab") as file:
-            driver = subprocess.Popen(
-                [sys.executable, str(ILREC), *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "RAY_ADDRESS": self._cluster.address},
-            )
+        command = [sys.executable, str(ILREC), *arguments]
+        driver = _process(command, output, self._environment | {"RAY_ADDRESS": self._address})
         self._drivers.append(driver)
         return driver
 
     def add_node(self) -> None:
         """Join a further node."""
-        self._cluster.add_node(num_cpus=1, object_store_memory=_STORE)
-
-    def _training(self) -> list[tuple[Any, int]]:
-        """The nodes that training workers run on, and the workers' process ids."""
-        nodes = {
-            process.process.pid: node for node in self._cluster.worker_nodes for process in node.all_processes["raylet"]
-        }
-        return [
-            (nodes[process.info["ppid"]], process.info["pid"])
-            for process in psutil.process_iter(["pid", "ppid", "cmdline"])
-            if process.info["ppid"] in nodes and (process.info["cmdline"] or [""])[0].startswith("ray::RayTrainWorker")
-        ]
+        self._nodes.append(self._start_node())
+        self._wait_for(len(self._started))
 
     def wait_for_no_worker(self) -> None:
         """Return when no training worker is left."""
@@ -104,6 +93,66 @@ class LocalCluster:
         os.kill(pids[number % len(pids)], signal.SIGKILL)
 
     def kill_node(self, number: int) -> None:
-        """Kill one of the nodes with a training worker on it, and all of its processes."""
+        """Kill one of the nodes with a training worker on it: all of its processes."""
         nodes = [node for node, _ in self._training()]
-        self._cluster.remove_node(nodes[number % len(nodes)], allow_graceful=False)
+        node = nodes[number % len(nodes)]
+        self._nodes.remove(node)
+        _kill(node)
+
+    def _training(self) -> list[tuple[subprocess.Popen[bytes], int]]:
+        """The nodes that training workers run on, and the workers' process ids."""
+        return [
+            (node, process.pid)
+            for node in self._nodes
+            for process in psutil.Process(node.pid).children(recursive=True)
+            if _title(process).startswith("ray::RayTrainWorker")
+        ]
+
+    def _start_node(self) -> subprocess.Popen[bytes]:
+        return self._start([f"--address={self._address}", "--num-cpus=1"])
+
+    def _start(self, options: Sequence[str]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
+        command += [f"--object-store-memory={80 * 2**20}", "--min-worker-port=0", "--max-worker-port=0"]
+        command += ["--dashboard-agent-listen-port=0", *options]
+        self._started.append(_process(command, self._log, self._environment))
+        return self._started[-1]
+
+    def _wait_for(self, nodes: int) -> None:
+        """Return when so many nodes have started, the head among them.
+
+        Raises:
+            UserError: one did not.
+        """
+        deadline = time.monotonic() + _DEADLINE
+        while self._log.read_text().count("Ray runtime started") < nodes:
+            if time.monotonic() > deadline or any(node.poll() is not None for node in self._nodes):
+                raise UserError(f"a node of the local cluster does not start:\n{self._log.read_text()}")
+            time.sleep(0.2)
+
+
+def _process(command: Sequence[str], output: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with output.open("ab") as file:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all below it."""
+    if process.poll() is None:
+        below = psutil.Process(process.pid).children(recursive=True)
+        for each in [*below, process]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        process.wait()
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.Error, IndexError):
+        return str(process.cmdline()[0])
+    return ""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

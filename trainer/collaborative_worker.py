@@ -36,6 +36,7 @@ from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.ranking import HeldOut, held_out, ranks_of
 from trainer.storage import COLLABORATIVE, SELECTION
+from trainer.tracking import Tracking
 from trainer.windows import Epoch, TrainingWindows, pieces
 from trainer.worker import Meter, Progress
 
@@ -94,7 +95,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
             state = load(Path(directory), model, optimiser)
         say(f"resumed after epoch {len(state['epochs'])} of {config.epochs}")
 
-    curves = Curves(log.parent, rank, state["step"])
+    curves = Curves(log.parent, rank, state["step"], Tracking(experiment, say) if rank == 0 else None)
     while len(state["epochs"]) < config.epochs and state["stale"] < config.patience:
         number = len(state["epochs"])
         epoch = windows.epoch(number)
@@ -136,6 +137,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
             + (" (best so far)" if improved else "")
         )
         report(model, optimiser, state, log)
+    curves.close()
 
 
 def optimiser_step(

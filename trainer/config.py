@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
 from recommender.collaborative.config import CollaborativeConfig
 from recommender.config import StrictModel
+from recommender.errors import UserError
 
 
 class LanguageModelConfig(StrictModel):
@@ -97,6 +99,45 @@ class ClusterConfig(StrictModel):
         if "://" in storage:
             raise ValueError("give a directory that all machines share; URLs cannot hold a run yet (mount the bucket)")
         return storage
+
+
+class MLflowConfig(StrictModel):
+    """A tracking server, or a database."""
+
+    uri: str = Field(
+        description="http(s)://…, or sqlite:////absolute/path.db. A password belongs into "
+        "MLFLOW_TRACKING_PASSWORD, on the machines of all workers."
+    )
+    experiment: str = Field("ilrec", description="Under which runs are listed; made if need be.")
+
+    @field_validator("uri")
+    @classmethod
+    def _is_usable(cls, uri: str) -> str:
+        if "@" in urlsplit(uri).netloc:  # not a ValueError, which repeats what was given
+            raise UserError("tracking.mlflow.uri: give user and password in MLFLOW_TRACKING_USERNAME and …_PASSWORD")
+        if not uri.startswith(("http://", "https://", "sqlite:////")):
+            raise ValueError(
+                "give http://…, https://… or sqlite:////absolute/path.db: workers run in other directories"
+            )
+        return uri
+
+
+class WandbConfig(StrictModel):
+    """Weights & Biases."""
+
+    project: str = "ilrec"
+    mode: Literal["offline", "online"] = Field(
+        "offline",
+        description="offline: files below the run's directory, for `wandb sync`. online: WANDB_API_KEY must "
+        "be set, on the machines of all workers.",
+    )
+
+
+class TrackingConfig(StrictModel):
+    """Where curves go besides TensorBoard's files. Each needs its package: pip install mlflow, pip install wandb."""
+
+    mlflow: MLflowConfig | None = None
+    wandb: WandbConfig | None = None
 
 
 class EvaluationConfig(StrictModel):

@@ -11,6 +11,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from trainer.tracking import Tracking
+
 
 class Curves:
     """Scalars by optimiser step, from rank 0.
@@ -18,11 +20,12 @@ class Curves:
     Args:
         run: the run's directory; an event file appears in `tensorboard/` with the first scalars.
         step: after which the run goes on: what an earlier attempt wrote of later steps is no longer shown.
+        tracking: where the scalars go as well.
     """
 
-    def __init__(self, run: Path, rank: int, step: int):
+    def __init__(self, run: Path, rank: int, step: int, tracking: Tracking | None = None):
         self._directory = run / "tensorboard" if rank == 0 else None
-        self._step = step
+        self._step, self._tracking = step, tracking
         self._file: EventsWriter | None = None
 
     def add(self, group: str, values: Mapping[str, float], step: int) -> None:
@@ -32,13 +35,19 @@ class Curves:
         """
         if self._directory is None:
             return
-        points = [
-            Summary.Value(tag=f"{group}/{name}".replace("@", "_"), simple_value=value) for name, value in values.items()
-        ]
+        named = {f"{group}/{name}".replace("@", "_"): value for name, value in values.items()}
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in named.items()]
         with suppress(OSError):  # a full disk stops training where a checkpoint cannot be saved, and not here
             file = self._opened()
             file.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
             file.flush()
+        if self._tracking is not None:
+            self._tracking.add(named, step)
+
+    def close(self) -> None:
+        """Training is over."""
+        if self._directory is not None and self._tracking is not None:
+            self._tracking.close()
 
     def _opened(self) -> EventsWriter:
         assert self._directory is not None

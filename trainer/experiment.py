@@ -31,6 +31,7 @@ from trainer.config import (
     LanguageModelConfig,
     RecommenderConfig,
     RewardConfig,
+    TrackingConfig,
     TrainingConfig,
 )
 from trainer.data.config import DataConfig
@@ -66,6 +67,7 @@ class Experiment(StrictModel):
     )
     training: TrainingConfig = TrainingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
     search: SearchConfig = SearchConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sweep: SweepConfig | None = Field(None, description="What `ilrec tune` tries; other verbs do not read it.")

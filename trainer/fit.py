@@ -27,6 +27,7 @@ from trainer.launch import run_to_best, torch_trainer
 from trainer.prepare import Say
 from trainer.report import write_report
 from trainer.run import check_claim, claim, pruned
+from trainer.tracking import check_tracking
 from trainer.worker import TOO_LARGE, starting_backbone
 
 
@@ -77,12 +78,13 @@ def _fit_language_model(experiment: Experiment, prepared: Path, collaborative: P
 
 def check_model(experiment: Experiment) -> None:
     """Refuse what can be seen without data: a Ray that cannot be used, layers that the backbone does not have, bundles
-    that are none.
+    that are none, packages that are missing.
 
     Raises:
         UserError: says which.
     """
     check_address()
+    check_tracking(experiment.tracking)
     if not isinstance(experiment.recommender, LanguageModelConfig):
         return
     objective, collaborative = experiment.objective, experiment.collaborative

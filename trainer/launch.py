@@ -28,6 +28,7 @@ from trainer.experiment import Experiment
 from trainer.prepare import Say
 from trainer.run import CHECKPOINTS, FAILURE
 from trainer.storage import SELECTION, drop_damaged
+from trainer.tracking import open_runs
 from trainer.worker import train_worker
 
 
@@ -149,7 +150,12 @@ def torch_trainer(
     collaborative: Path | None = None,
     callbacks: Sequence[RayTrainCallback] = (),
 ) -> TorchTrainer:
-    """The Ray Train job of an experiment: `worker` on every rank, `callbacks` in its controller."""
+    """The Ray Train job of an experiment: `worker` on every rank, `callbacks` in its controller.
+
+    Raises:
+        UserError: see `open_runs`.
+    """
+    open_runs(experiment)
     cluster = experiment.cluster
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:

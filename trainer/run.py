@@ -19,6 +19,7 @@ SWEEP = "tune"  # the directory of a run that is a sweep
 FAILURE = "failure.txt"  # beside the run's log: why training failed
 CHECKPOINTS = "ray"  # of Ray Train, or of Ray Tune in a sweep's
 IDENTITY = "experiment.json"
+TRACKING = "tracking.json"  # the ids of the run at MLflow and Weights & Biases
 _FINGERPRINT = "data fingerprint"
 _SHARED = ("world", "data", "recommender", "evaluation")  # evaluation, as validation chooses the epoch
 _LANGUAGE_MODEL = (*_SHARED, "identifier", "prompt", "backbone", "init_from", "objective", "training")
@@ -93,7 +94,7 @@ def claim(experiment: Experiment, data_fingerprint: str, fresh: bool, sweep: Swe
     if fresh and not (directory / SWEEP).exists():
         for left in (CHECKPOINTS, "bundle", "evaluation", "tensorboard"):
             shutil.rmtree(directory / left, ignore_errors=True)
-        for left in (IDENTITY, "train.log", FAILURE, "training.json", "summary.json", "report.html"):
+        for left in (IDENTITY, TRACKING, "train.log", FAILURE, "training.json", "summary.json", "report.html"):
             (directory / left).unlink(missing_ok=True)
     check_claim(experiment, data_fingerprint, sweep)
     directory.mkdir(parents=True, exist_ok=True)

@@ -42,6 +42,7 @@ from trainer.plan import BatchPlan, Step
 from trainer.ranking import held_out, ranks_of
 from trainer.rows import TrainingRows
 from trainer.storage import SELECTION
+from trainer.tracking import Tracking
 
 NOT_FINITE = (
     "The weights were not updated and the latest checkpoint is good. Lower training.learning_rate or the objective's "
@@ -113,7 +114,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
         objective.state = state.get("objective", objective.state)
         say(f"resumed at step {state['step']} of {total_steps}")
 
-    curves = Curves(log.parent, rank, state["step"])
+    curves = Curves(log.parent, rank, state["step"], Tracking(experiment, say) if rank == 0 else None)
     started, first_step = time.monotonic(), state["step"]
     while state["step"] < total_steps and state["stale"] < training.patience:
         epoch = state["step"] // plan.steps_per_epoch
@@ -148,6 +149,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
             + (" (best so far)" if improved else "")
         )
         report(engine, state, log)
+    curves.close()
 
 
 def starting_backbone(experiment: Experiment, space: ItemSpace) -> Backbone:
