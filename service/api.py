@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from recommender.columns import values_of
 from recommender.errors import UserError
-from service import playground, problems, queries, schema
+from service import docs, playground, problems, queries, schema
 from service.auth import Bearer, read_tokens
 from service.batching import Busy
 from service.limits import BodyLimit
@@ -50,6 +50,8 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
     tokens = read_tokens(config)
     api = _Api(
         title="ilrec",
+        docs_url=None,
+        redoc_url=None,
         summary="Recommendations that exist",
         description=DESCRIPTION,
         responses=_problems(401) if tokens else {},
@@ -62,6 +64,7 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
     problems.install(api)
     refusals = _problems(400, 408, 413, 415, 422, 503, 504)
 
+    docs.install(api)
     page, page_headers = playground.page()
 
     @api.get("/", include_in_schema=False)

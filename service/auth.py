@@ -11,11 +11,12 @@ from pathlib import Path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from recommender.errors import UserError
+from service import docs
 from service.config import ServingConfig
 from service.problems import Problem
 
 # Browsers and probes bring no tokens; none of these shows data.
-OPEN_PATHS = ("/", "/docs", "/openapi.json", "/health", "/ready")
+OPEN_PATHS = ("/", *docs.PATHS, "/openapi.json", "/health", "/ready")
 
 
 def read_tokens(config: ServingConfig) -> list[bytes]:

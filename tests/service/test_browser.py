@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
@@ -74,7 +75,8 @@ class Page:
         return list(self.chromium.find_elements(By.CSS_SELECTOR, selector))
 
     def until(self, holds: Callable[[], Any]) -> None:
-        WebDriverWait(self.chromium, 60, 0.05).until(lambda _: holds())
+        redrawn = [StaleElementReferenceException]  # between finding an element and reading it
+        WebDriverWait(self.chromium, 60, 0.05, redrawn).until(lambda _: holds())
 
     def type(self, *keys: str) -> None:
         """With the keyboard, wherever the focus is."""
@@ -100,7 +102,8 @@ class Page:
 
     def pick(self, title: str) -> None:
         self.search(title)
-        next(hit for hit in self.all("#hits button") if hit.text.splitlines()[0] == title).click()
+        hit = f"//*[@id='hits']//button[starts-with(normalize-space(), '{title}')]"
+        self.until(lambda: self.chromium.find_element(By.XPATH, hit).click() is None)
 
     def recommend(self) -> list[tuple[str, list[list[str]]]]:
         """Press the button; each list's name and rows."""
@@ -210,3 +213,10 @@ def test_a_narrow_window(page: Page) -> None:
         assert all(button.rect["x"] + button.rect["width"] <= 400 for button in page.all("button"))
     finally:
         page.chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_the_interface_is_described_without_third_parties(page: Page, url: str) -> None:
+    page.pick("Trail Tent 3")
+    page.chromium.get(f"{url}/docs")
+    page.until(lambda: "/v1/recommendations" in page.chromium.find_element(By.ID, "swagger-ui").text)
+    assert "Recommend the next items for one history" in page.chromium.find_element(By.ID, "swagger-ui").text

@@ -45,7 +45,7 @@ def test_only_known_tokens_may_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         refused(client.post(URL, json=ASKED), 401)
         for path in ("/v1/models", "/metrics", "/v1/items/B01", "/docs/v1/models", "/nowhere"):
             refused(client.get(path), 401)
-        for path in ("/", "/docs", "/openapi.json", "/health", "/ready"):
+        for path in ("/", "/docs", "/docs/swagger-ui.css", "/openapi.json", "/health", "/ready"):
             response = client.get(path)
             assert response.status_code == 200
             assert "secret" not in response.text
