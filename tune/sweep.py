@@ -34,7 +34,7 @@ from tune.report import write_report
 from tune.results import Trial, best_of, read_trials, write_best, write_trials
 from tune.scheduler import ResumableAsha
 from tune.space import check_sweep, epochs_of, trial_experiment
-from tune.trial import trainable
+from tune.trial import Farewell, trainable
 
 
 def sweep(experiment: Experiment, say: Say = print, fresh: bool = False) -> Path:
@@ -146,7 +146,7 @@ def _tuner(trial: Any, config: SweepConfig, epochs: int, directory: Path, concur
             name=path.name,
             storage_path=str(directory),
             verbose=0,
-            callbacks=[Progress(directory, config.total, epochs)],
+            callbacks=[Progress(directory, config.total, epochs), Farewell(path)],
         ),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,34 @@ def end_job(directory: Path) -> None:
     if not _is_over.is_set():
         (directory / STOP).touch()
         _is_over.wait(_STOP_SECONDS)
+    (directory / STOP).unlink(missing_ok=True)
+
+
+class Farewell(tune.Callback):
+    """Lets the jobs of the last trials end before Tune does, which would kill them after five seconds.
+
+    Args:
+        trials: where the trials' directories are.
+    """
+
+    def __init__(self, trials: Path):
+        self._trials = trials
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Ask for its end, which its process will then wait for."""
+        (self._trials / trial.trial_id / STOP).touch()
+
+    def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+        """Wait if this was the last step: until no job has a request to end any more."""
+        deadline = time.monotonic() + _STOP_SECONDS
+        while all(trial.is_finished() for trial in trials) and time.monotonic() < deadline:
+            if not any((self._trials / trial.trial_id / STOP).exists() for trial in trials):
+                return
+            time.sleep(0.1)
 
 
 def _train(trial: Experiment, directory: Path, prepared: Path, collaborative: Path | None) -> list[Any]:
-    place = trial.cluster.model_copy(update={"storage": str(directory.parent)})
+    place = trial.cluster.model_copy(update={"storage": str(directory.parent), "min_workers": None})  # room is planned
     trial = trial.model_copy(update={"name": directory.name, "cluster": place})
     log = trial.run_dir / "train.log"
     if isinstance(trial.recommender, LanguageModelConfig):
