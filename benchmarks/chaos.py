@@ -33,6 +33,7 @@ from recommender.errors import UserError
 _STEP = re.compile(r"^epoch \d+/\d+ step (\d+)/(\d+): ", re.MULTILINE)
 _RESUMED = re.compile(r"^resumed at step (\d+) of ", re.MULTILINE)
 _DEADLINE = 600  # seconds without a step, after which a run is taken for dead
+_TO_THE_END = 1200.0  # seconds for the whole of a run
 
 
 def experiment(name: str, storage: Path) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class Job:
         Raises:
             UserError: training failed.
         """
-        if self.driver.wait():
+        if self.driver.wait(_TO_THE_END):
             raise UserError(f"{self.run.name} ended with status {self.driver.returncode}:\n{self.output}")
         history: list[dict[str, Any]] = json.loads((self.run / "training.json").read_text())
         return history

@@ -83,8 +83,15 @@ class LocalCluster:
         self._wait_for(len(self._started))
 
     def wait_for_no_worker(self) -> None:
-        """Return when no training worker is left."""
+        """Return when no training worker is left.
+
+        Raises:
+            UserError: one does not go.
+        """
+        deadline = time.monotonic() + _DEADLINE
         while self._training():
+            if time.monotonic() > deadline:
+                raise UserError("training workers outlive their driver")
             time.sleep(0.1)
 
     def kill_worker(self, number: int) -> None:

@@ -147,7 +147,8 @@ def submit(
     check_paths(values, experiment.cluster.storage)
     with _explained(client.get_address()), tempfile.TemporaryDirectory(prefix="ilrec-") as staging:
         if verb in ("train", "tune"):
-            check_fits(experiment.cluster, experiment.cluster.workers, _resources(client.get_address()))
+            workers = experiment.cluster.fewest_workers if verb == "train" else experiment.cluster.workers
+            check_fits(experiment.cluster, workers, _resources(client.get_address()))
         directory = Path(staging)
         _copy_code(wheel, directory)
         (directory / "experiment.yaml").write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))

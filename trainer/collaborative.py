@@ -93,7 +93,7 @@ def _shared(experiment: Experiment, config: CollaborativeConfig, dataset: Datase
             return bundle
         say(f"training the collaborative model ({config.kind}) once, in {run.run_dir}")
         connect()
-        check_resources(run.cluster, run.cluster.workers)
+        check_resources(run.cluster, run.cluster.fewest_workers)
         return fit_collaborative(run, dataset, prepared, say)
 
 

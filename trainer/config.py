@@ -86,12 +86,30 @@ class ClusterConfig(StrictModel):
     """What Ray provides."""
 
     workers: int = Field(2, ge=1, description="Ray Train workers (data-parallel ranks).")
+    min_workers: int | None = Field(
+        None,
+        ge=1,
+        description="Start with as few as this while the cluster has no room for `workers`, and go on with as many as "
+        "there is room for when nodes leave or join (looked at once a minute), each time from the latest checkpoint. "
+        "null: always `workers`.",
+    )
     gpus_per_worker: float = Field(0, ge=0, description="0 = CPU.")
     cpus_per_worker: float = Field(1, gt=0)
     storage: str = Field(
         "runs", description="Directory where runs live; with several machines, one that all of them share (NFS, …)."
     )
     max_failures: int = Field(2, ge=0, description="Restarts from the latest checkpoint after a worker is lost.")
+
+    @property
+    def fewest_workers(self) -> int:
+        """With fewer than these nothing is trained."""
+        return self.min_workers or self.workers
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ClusterConfig:
+        if self.fewest_workers > self.workers:
+            raise ValueError(f"cluster.min_workers is {self.min_workers}, and cluster.workers only {self.workers}")
+        return self
 
     @field_validator("storage")
     @classmethod

@@ -55,7 +55,7 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
         if (bundle := pruned(experiment)) is not None:
             return bundle
     connect()
-    check_resources(experiment.cluster, experiment.cluster.workers)
+    check_resources(experiment.cluster, experiment.cluster.fewest_workers)
     if isinstance(experiment.recommender, LanguageModelConfig):
         collaborative = None
         if needs_rewards(experiment.objective):

@@ -157,6 +157,7 @@ def torch_trainer(
     """
     open_runs(experiment)
     cluster = experiment.cluster
+    workers: Any = cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers)
     resources = {"CPU": cluster.cpus_per_worker}
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
@@ -177,7 +178,9 @@ def torch_trainer(
         },
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+            num_workers=workers,  # Ray's stubs know no range
+            use_gpu=bool(cluster.gpus_per_worker),
+            resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name="ray",

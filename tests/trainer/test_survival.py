@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -132,3 +134,18 @@ def test_a_full_disk_is_waited_for(disk: Path, disturbed: tuple[Job, list[Kill],
         pytest.skip("no file system of its own to fill up: mounting one is not allowed here")
     job, _, _ = disturbed
     assert "No space left on device" in job.log
+
+
+@pytest.mark.skipif(
+    "ILREC_FULL_PRODUCT" not in os.environ,
+    reason="takes two minutes: Ray looks for room once a minute; ILREC_FULL_PRODUCT=1 runs it",
+)
+def test_an_elastic_run_goes_on_with_fewer_workers(cluster: LocalCluster, alone: Job, tmp_path: Path) -> None:
+    values = small("elastic", tmp_path / "runs")
+    values["cluster"] |= {"workers": 3, "min_workers": 2}
+    job = Job(cluster, values, tmp_path)
+    job.until_step(5)
+    cluster.kill_node(2)  # there is no other
+    job.finish()
+    assert_same_outcome(job, alone)
+    assert re.findall(r"steps an epoch on (\d) workers", job.log) == ["3", "2"]
