@@ -195,7 +195,7 @@ def test_a_killed_replica(url: str, histories: list[list[str]], right: Lists) ->
         until(lambda: len(pids(url)) == REPLICAS)
         whole = time.monotonic() - killed
     assert victim not in pids(url)
-    assert {each.split(b" ")[1] for each in said} == {b"503", b"408"}
+    assert {each.split(b" ")[1] for each in said} <= {b"503", b"408"}  # by who held them, which Serve decides
     assert all(b"\r\nretry-after: 1\r\n" in each for each in said if b" 503 " in each)
     plainly.check(right)
     patiently.check(right)
