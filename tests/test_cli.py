@@ -195,6 +195,14 @@ def test_variables_are_expanded(config: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (experiment.name, experiment.cluster.storage) == ("me", "runs/a")
 
 
+def test_the_fewest_workers_are_no_more_than_the_most(config: Path) -> None:
+    fewest = ["cluster.workers=2", "cluster.min_workers=2"]
+    assert load_experiment(config, fewest).cluster.fewest_workers == 2
+    assert load_experiment(config).cluster.fewest_workers == load_experiment(config).cluster.workers
+    with pytest.raises(UserError, match=r"cluster\.min_workers is 3, and cluster\.workers only 2"):
+        load_experiment(config, [*fewest, "cluster.min_workers=3"])
+
+
 def test_simulate_takes_settings(tmp_path: Path) -> None:
     sizes = ["--set", "items=60", "--set", "users=20", "--set", "kinds=5", "--set", "brands=4"]
     shape = ["--set", "mean_length=6", "--set", "max_length=10"]

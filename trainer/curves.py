@@ -20,7 +20,7 @@ class Curves:
     Args:
         run: the run's directory; an event file appears in `tensorboard/` with the first scalars.
         step: after which the run goes on: what an earlier attempt wrote of later steps is no longer shown.
-        tracking: where the scalars go as well.
+        tracking: where rank 0's scalars go as well; None on other ranks.
     """
 
     def __init__(self, run: Path, rank: int, step: int, tracking: Tracking | None = None):
@@ -46,7 +46,7 @@ class Curves:
 
     def close(self) -> None:
         """Training is over."""
-        if self._directory is not None and self._tracking is not None:
+        if self._tracking is not None:
             self._tracking.close()
 
     def _opened(self) -> EventsWriter:
