@@ -3,9 +3,10 @@
     python -m benchmarks.chaos --kills 3 --seed 0
 
 A Ray cluster of several nodes is started on this machine. On it `ilrec train` runs twice on a small simulated world:
-once left alone, and once disturbed at random moments. A killed node is replaced by another; a killed driver (kill -9)
-is started again by the same command. The table says what was killed, after which step, how long it took until the next
-step was done, and how many steps had to be done again. Both runs must end with the same loss.
+once left alone, and once disturbed at random moments. A killed node is replaced by another, and so is one that is taken
+after a notice; a killed driver (kill -9) is started again by the same command. The table says what was killed, after
+which step, how long it took until the next step was done, and how many steps had to be done again. Both runs must end
+with the same loss.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _STEP = re.compile(r"^epoch \d+/\d+ step (\d+)/(\d+): ", re.MULTILINE)
 _RESUMED = re.compile(r"^resumed at step (\d+) of ", re.MULTILINE)
 _DEADLINE = 600  # seconds without a step, after which a run is taken for dead
 _TO_THE_END = 1200.0  # seconds for the whole of a run
+_NOTICE = 300  # seconds that a node is given after a notice; it goes as soon as its worker has left
 
 
 def experiment(name: str, storage: Path) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class Kill:
     """What a kill cost.
 
     Attributes:
-        what: "worker", "node" or "driver".
+        what: "worker", "node", "notice" (of a node's end) or "driver".
         step: the last one that was done before.
         seconds: until another one was done.
         lost: steps that were done again.
@@ -154,6 +156,8 @@ def kill(cluster: LocalCluster, job: Job, what: str, victim: int) -> Kill:
         cluster.kill_worker(victim)
     elif what == "node":
         cluster.kill_node(victim)
+    elif what == "notice":
+        cluster.take_node(victim, _NOTICE)
     else:
         job.driver.kill()
         job.driver.wait()
@@ -161,7 +165,7 @@ def kill(cluster: LocalCluster, job: Job, what: str, victim: int) -> Kill:
     # Workers may say another step or two before they miss the one that is gone; who starts says this first.
     job.until(lambda: _STEP.search(job.log[before:].partition(" steps an epoch on ")[2]))
     seconds = time.monotonic() - started
-    if what == "node":
+    if what in ("node", "notice"):
         cluster.add_node()  # to spare, as the one was that took over
     since = job.log[before:]
     done = [int(each) for each, _ in _STEP.findall(since.partition(" steps an epoch on ")[0])]
@@ -187,7 +191,7 @@ def main() -> None:
         for step in sorted(rng.choices(range(1, alone[-1]["step"] - 10), k=args.kills)):
             job.until_step(step)
             time.sleep(rng.random() / 2)  # in the middle of a step, a validation or a checkpoint
-            kills.append(kill(cluster, job, rng.choice(["worker", "node", "driver"]), rng.randrange(2)))
+            kills.append(kill(cluster, job, rng.choice(["worker", "node", "notice", "driver"]), rng.randrange(2)))
         disturbed = job.finish()
     table = Table("killed", "after step", "trained again after, s", "steps done again")
     for each in kills:

@@ -26,7 +26,9 @@ _SETTINGS = {  # what workers inherit from their node: each step is said, and wh
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ILREC.parent),
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
 }
+_RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _DEADLINE = 180  # seconds for a node to start
 
 
@@ -101,10 +103,34 @@ class LocalCluster:
 
     def kill_node(self, number: int) -> None:
         """Kill one of the nodes with a training worker on it: all of its processes."""
-        nodes = [node for node, _ in self._training()]
-        node = nodes[number % len(nodes)]
+        node = self._node(number)
         self._nodes.remove(node)
         _kill(node)
+
+    def take_node(self, number: int, notice: int) -> None:
+        """Give one of the nodes with a training worker on it `notice` seconds, then kill it.
+
+        Raises:
+            UserError: its worker is still there.
+        """
+        node = self._node(number)
+        raylets = [each for each in psutil.Process(node.pid).children() if _title(each).endswith("raylet")]
+        [[identity]] = [re.findall(r"--node_id=(\w+)", " ".join(each.cmdline())) for each in raylets]
+        command = [*_RAY, "drain-node", f"--address={self._address}", f"--node-id={identity}"]
+        command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=reclaimed"]
+        subprocess.run([*command, f"--deadline-remaining-seconds={notice}"], env=self._environment, check=True)
+        deadline = time.monotonic() + notice
+        while node in [each for each, _ in self._training()]:
+            if time.monotonic() > deadline:
+                raise UserError(f"a worker has not left its node within {notice} s")
+            time.sleep(0.1)
+        self._nodes.remove(node)
+        _kill(node)
+
+    def _node(self, number: int) -> subprocess.Popen[bytes]:
+        """One of the nodes with a training worker on it."""
+        nodes = [node for node, _ in self._training()]
+        return nodes[number % len(nodes)]
 
     def _training(self) -> list[tuple[subprocess.Popen[bytes], int]]:
         """The nodes that training workers run on, and the workers' process ids."""
@@ -119,7 +145,7 @@ class LocalCluster:
         return self._start([f"--address={self._address}", "--num-cpus=1"])
 
     def _start(self, options: Sequence[str]) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address=127.0.0.1"]
+        command = [*_RAY, "start", "--block", "--node-ip-address=127.0.0.1"]
         command += [f"--object-store-memory={80 * 2**20}", "--min-worker-port=0", "--max-worker-port=0"]
         command += ["--dashboard-agent-listen-port=0", *options]
         self._started.append(_process(command, self._log, self._environment))

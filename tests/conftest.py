@@ -17,6 +17,7 @@ from trainer.simulator_config import WorldConfig
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("RAY_ADDRESS", None)
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for each run; test_survival.py has it
 
 
 @pytest.fixture(scope="session")

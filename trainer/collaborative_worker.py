@@ -28,12 +28,13 @@ from recommender.collaborative.model import CollaborativeModel
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
 from recommender.errors import UserError
 from recommender.metrics import metric_values
-from trainer import storage
+from trainer import preemption, storage
 from trainer.checkpoint import STATE_FILE
 from trainer.config import EvaluationConfig, LanguageModelConfig
 from trainer.curves import Curves
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
+from trainer.preemption import Preempted
 from trainer.ranking import HeldOut, held_out, ranks_of
 from trainer.storage import COLLABORATIVE, SELECTION
 from trainer.tracking import Tracking
@@ -58,14 +59,17 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `error`: what the user has to mend, or None; returned, not raised, since a restart would only repeat it.
+        `preempted`: whether training has to go on elsewhere.
     """
     try:
         _train(Experiment.model_validate_json(config["experiment"]), Path(config["prepared"]), Path(config["log"]))
     except (UserError, FloatingPointError) as error:
-        return {"error": str(error)}
+        return {"error": str(error), "preempted": False}
+    except Preempted:
+        return {"error": None, "preempted": True}
     except torch.OutOfMemoryError as error:  # on one rank perhaps, while the others wait: Ray ends them all
         raise RuntimeError(TOO_LARGE) from error
-    return {"error": None}
+    return {"error": None, "preempted": False}
 
 
 def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
@@ -137,6 +141,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
             + (" (best so far)" if improved else "")
         )
         report(model, optimiser, state, log)
+        preemption.leave_if_noticed(device)
     curves.close()
 
 

@@ -103,7 +103,9 @@ def _run(trainer: TorchTrainer, log: Path, too_large: str) -> Any:
 
 
 def run_to_best(trainer: TorchTrainer, log: Path, say: Say, too_large: str) -> Trained:
-    """Run a job to its end, saying what its workers log. Damaged checkpoints are passed over for the ones before.
+    """Run a job to its end, saying what its workers log.
+
+    Damaged checkpoints are passed over for the ones before; workers whose node goes away are started again elsewhere.
 
     Args:
         too_large: what a worker raises where memory is short, the remedy in it.
@@ -117,7 +119,9 @@ def run_to_best(trainer: TorchTrainer, log: Path, say: Say, too_large: str) -> T
         while True:
             try:
                 result = _run(trainer, log, too_large)
-                break
+                if not result.return_value["preempted"]:
+                    break
+                say("a node goes away; all is saved, going on without it")
             except UserError:
                 if not drop_damaged(checkpoints, say):  # one of which the workers, restarted, should have gone on
                     raise

@@ -31,7 +31,7 @@ from recommender.metrics import metric_values
 from recommender.probe import check_tree
 from recommender.recommender import Recommender, starting_point
 from recommender.tree import Row, collate, padded_length
-from trainer import checkpoint, storage
+from trainer import checkpoint, preemption, storage
 from trainer.config import TrainingConfig
 from trainer.curves import Curves
 from trainer.data.dataset import Dataset
@@ -39,6 +39,7 @@ from trainer.engine import build_engine, copy_weights, loss_scale, set_learning_
 from trainer.experiment import Experiment
 from trainer.module import MicroBatch, TrainedModel, dtype_of
 from trainer.plan import BatchPlan, Step
+from trainer.preemption import Preempted
 from trainer.ranking import held_out, ranks_of
 from trainer.rows import TrainingRows
 from trainer.storage import SELECTION
@@ -65,7 +66,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `error`: what the user has to mend, or None. Such a mistake is the same on every rank, and a restart would only
-        repeat it; so it is returned, and not raised for Ray to try again.
+        repeat it; so it is returned, and not raised for Ray to try again. `preempted`: whether training has to go on
+        elsewhere.
     """
     try:
         _train(
@@ -75,10 +77,12 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             config["collaborative"],
         )
     except (UserError, FloatingPointError) as error:
-        return {"error": str(error)}
+        return {"error": str(error), "preempted": False}
+    except Preempted:
+        return {"error": None, "preempted": True}
     except torch.OutOfMemoryError as error:  # on one rank perhaps, while the others wait: Ray ends them all
         raise RuntimeError(TOO_LARGE) from error
-    return {"error": None}
+    return {"error": None, "preempted": False}
 
 
 def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str | None) -> None:
@@ -133,7 +137,10 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
             state["objective"] = objective.state
             meter.update(state["step"], step, int(rows.lengths[step.rows].sum()), means, rate)
             inside = state["step"] % plan.steps_per_epoch
-            if training.checkpoint_every and inside and inside % training.checkpoint_every == 0:
+            due = preemption.noticed(engine.device) or (
+                training.checkpoint_every is not None and inside % training.checkpoint_every == 0
+            )
+            if due and inside:
                 report(engine, state, log)
         metrics = validate(engine, experiment, space, dataset)
         improved = metrics[SELECTION] > state["best"]
@@ -278,10 +285,15 @@ def unsharded(engine: Any, experiment: Experiment, space: ItemSpace) -> Backbone
 
 
 def report(engine: Any, state: dict[str, Any], log: Path) -> None:
-    """Save a checkpoint, each rank its share, and report it with the state's metrics. Collective."""
+    """Save a checkpoint, each rank its share, and report it with the state's metrics. Collective.
+
+    Raises:
+        Preempted: a node of the run goes away.
+    """
     with tempfile.TemporaryDirectory() as directory:
         checkpoint.save(engine, Path(directory), state)
         storage.report(Path(directory), f"step-{state['step']:08d}", state, Progress(log))
+    preemption.leave_if_noticed(engine.device)
 
 
 def raise_non_finite(number: int, step: Step, sums: dict[str, float]) -> None:

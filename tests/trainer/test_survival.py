@@ -83,10 +83,11 @@ def damage_newest(job: Job) -> str:
 
 @pytest.fixture(scope="module")
 def disturbed(cluster: LocalCluster, alone: Job, disk: Path) -> tuple[Job, list[Kill], str]:
-    """A worker is killed, then a node, then the driver, whose newest checkpoint is damaged, then the disk is full."""
+    """A worker is killed, a node is taken after a notice, another without, then the driver is killed, whose newest
+    checkpoint is damaged, then the disk is full."""
     job = Job(cluster, small("disturbed", disk / "runs"), disk)
     kills = []
-    for what, step in (("worker", 5), ("node", 11)):
+    for what, step in (("worker", 3), ("notice", 8), ("node", 13)):
         job.until_step(step)
         kills.append(kill(cluster, job, what, victim=1))
     job.until_step(17)
@@ -119,8 +120,14 @@ def test_the_outcome_is_that_of_an_undisturbed_run(alone: Job, disturbed: tuple[
 
 def test_it_went_on_from_checkpoints(disturbed: tuple[Job, list[Kill], str]) -> None:
     job, kills, _ = disturbed
-    assert job.log.count("resumed at step ") == 3
+    assert job.log.count("resumed at step ") == 4
     assert all(each.lost < each.step for each in kills)
+
+
+def test_after_a_notice_nothing_is_done_again(disturbed: tuple[Job, list[Kill], str]) -> None:
+    job, kills, _ = disturbed
+    assert [each.lost for each in kills if each.what == "notice"] == [0]
+    assert "a node goes away; all is saved, going on without it" in job.output
 
 
 def test_the_checkpoint_before_a_damaged_one_is_used(disturbed: tuple[Job, list[Kill], str]) -> None:
