@@ -417,8 +417,11 @@ def submit(
     The config is checked here and travels with the code. Paths in it must be absolute, of files that all machines of
     the cluster see. The cluster's token is sent where RAY_AUTH_MODE=token.
 
+    With --address ray://… it is no job, and ends with this command: Ctrl-C stops it, and what it has saved stays.
+
     \b
     ilrec submit train my.yaml --address http://head:8265
+    ilrec submit train my.yaml --address ray://head:10001
     ilrec submit train my.yaml --address http://head:8265 --set training.epochs=3 --no-wait -- --fresh
     """
     from trainer.experiment import load_experiment, read_values
@@ -431,6 +434,12 @@ def submit(
     if {"--set", "-s"} & set(options or []):
         raise UserError("give --set before the --, so that it is checked here")
     typer.main.get_group(app).commands[verb].make_context(verb, [str(config), *(options or [])])  # refuses bad options
+    if address.startswith("ray://"):
+        if not wait:
+            raise UserError(f"--no-wait: at {address} it would end with this command; submit it to http://<head>:8265")
+        from deploy.client import run
+
+        raise typer.Exit(run(address, verb, experiment, values, options or [], wheel, _say))
     from deploy import jobs
 
     client = jobs.connect(address)

@@ -57,26 +57,38 @@ def connect(address: str) -> JobSubmissionClient:
     Raises:
         UserError: nothing answers there within seconds, or the token is missing or wrong.
     """
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"--address {address}: give the cluster's dashboard, http://<head>:8265")
-    try:
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        socket.create_connection((parts.hostname, port), _PATIENCE).close()
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--address {address}: no connection: {error}. Is it the dashboard's address, and reachable from here?"
-        ) from None
+    check_reachable(address, {"http": 80, "https": 443}, "the cluster's dashboard, http://<head>:8265")
     for handler in logging.getLogger("ray").handlers:
         handler.setLevel(logging.WARNING)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray prefers this variable, or else RAY_ADDRESS, to an argument
-    with _explained(address):
+    with explained(address):
         return JobSubmissionClient(address)
 
 
+def check_reachable(address: str, ports: Mapping[str, int], meant: str) -> None:
+    """Refuse an address where nothing answers.
+
+    Args:
+        ports: by the schemes that it may have, the port where it gives none.
+        meant: what it should be.
+
+    Raises:
+        UserError: it has another scheme, or there is no connection within seconds.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ports or not parts.hostname:
+        raise UserError(f"--address {address}: give {meant}")
+    try:
+        socket.create_connection((parts.hostname, parts.port or ports[parts.scheme]), _PATIENCE).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--address {address}: no connection: {error}. Is it {meant}, and reachable from here?"
+        ) from None
+
+
 @contextmanager
-def _explained(address: str) -> Iterator[None]:
-    """Turn what Ray's client raises into messages."""
+def explained(address: str) -> Iterator[None]:
+    """Turn what Ray's clients raise into messages."""
     try:
         yield
     except AuthenticationError as error:
@@ -144,20 +156,45 @@ def submit(
     Raises:
         UserError: the cluster is too small, there is no code to send or too much of it, or the server refuses.
     """
+    with explained(client.get_address()), packed(experiment, values, wheel, say) as directory:
+        check_room(verb, experiment, _resources(client.get_address()))
+        return client.submit_job(
+            entrypoint=shlex.join(["python", "-m", *command(verb, options)]),
+            runtime_env={"working_dir": str(directory)},
+            submission_id=f"{experiment.name}-{verb}-{secrets.token_hex(3)}",
+        )
+
+
+@contextmanager
+def packed(experiment: Experiment, values: Mapping[str, Any], wheel: Path | None, say: Say) -> Iterator[Path]:
+    """The directory that travels, while the block runs: the code, and the config as `experiment.yaml`.
+
+    Raises:
+        UserError: the config has paths of this machine, there is no code to send or too much of it.
+    """
     check_paths(values, experiment.cluster.storage)
-    with _explained(client.get_address()), tempfile.TemporaryDirectory(prefix="ilrec-") as staging:
-        if verb in ("train", "tune"):
-            workers = experiment.cluster.fewest_workers if verb == "train" else experiment.cluster.workers
-            check_fits(experiment.cluster, workers, _resources(client.get_address()))
+    with tempfile.TemporaryDirectory(prefix="ilrec-") as staging:
         directory = Path(staging)
         _copy_code(wheel, directory)
         (directory / "experiment.yaml").write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
         say(f"{_checked_size(directory) / 2**20:.1f} MB of code travel from {wheel or _CHECKOUT}")
-        return client.submit_job(
-            entrypoint=shlex.join(["python", "-m", "ilrec", verb, "experiment.yaml", *options]),
-            runtime_env={"working_dir": staging},
-            submission_id=f"{experiment.name}-{verb}-{secrets.token_hex(3)}",
-        )
+        yield directory
+
+
+def command(verb: str, options: Sequence[str]) -> list[str]:
+    """What is run in a directory that was packed, after `python -m`."""
+    return ["ilrec", verb, "experiment.yaml", *options]
+
+
+def check_room(verb: str, experiment: Experiment, has: Mapping[str, float]) -> None:
+    """Refuse a training that the cluster, with resources `has` in all, is too small for.
+
+    Raises:
+        UserError: says what is missing.
+    """
+    if verb in ("train", "tune"):
+        workers = experiment.cluster.fewest_workers if verb == "train" else experiment.cluster.workers
+        check_fits(experiment.cluster, workers, has)
 
 
 def _resources(address: str) -> dict[str, float]:
@@ -212,7 +249,7 @@ def follow(client: JobSubmissionClient, job: str, say: Say) -> int:
 
     address = client.get_address()
     try:
-        with _explained(address):
+        with explained(address):
             details = client.get_job_info(job)
             asyncio.run(tail())
             while not (details := client.get_job_info(job)).status.is_terminal():
@@ -242,13 +279,13 @@ def submitted(client: JobSubmissionClient, job: str) -> str:
 
 def logs(client: JobSubmissionClient, job: str) -> str:
     """All that a job has printed."""
-    with _explained(client.get_address()):
+    with explained(client.get_address()):
         return client.get_job_logs(job)
 
 
 def stop(client: JobSubmissionClient, job: str, say: Say) -> None:
     """Stop a job and wait until its processes are gone. Its checkpoints stay."""
-    with _explained(client.get_address()):
+    with explained(client.get_address()):
         if not client.stop_job(job):
             say(f"{job} has ended already: {client.get_job_status(job)}")
             return
@@ -259,7 +296,7 @@ def stop(client: JobSubmissionClient, job: str, say: Say) -> None:
 
 def show(client: JobSubmissionClient, job: str | None = None) -> None:
     """Print a table of all submitted jobs, or of one with its message."""
-    with _explained(client.get_address()):
+    with explained(client.get_address()):
         found = client.list_jobs() if job is None else [client.get_job_info(job)]
     table = Table(Column("job", no_wrap=True), "status", "started", "took")
     for details in sorted(found, key=lambda details: details.start_time or 0):

@@ -54,8 +54,8 @@ def check_address() -> None:
     address = os.environ.get("RAY_ADDRESS", "")
     if "://" in address:
         raise UserError(
-            f"RAY_ADDRESS={address}: this has to run on a machine of the cluster; submit it as a job: "
-            "ilrec submit VERB CONFIG --address http://<head>:8265"
+            f"RAY_ADDRESS={address}: this has to run on a machine of the cluster; send it there: ilrec submit VERB "
+            "CONFIG --address ray://<head>:10001, or as a job: --address http://<head>:8265"
         )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy import jobs
+from deploy import client, jobs
 from recommender.errors import UserError
 from trainer.cluster import check_address
 from trainer.experiment import Experiment, read_values
@@ -49,6 +49,7 @@ class Cluster:
     """A head with two CPUs, spoken to from other processes only: this one may hold a Ray of its own."""
 
     address: str
+    client: str
     environment: dict[str, str]
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
@@ -105,7 +106,8 @@ def cluster() -> Iterator[Cluster]:
     try:
         until(lambda: head.poll() is not None or "Ray runtime started" in Path(log.name).read_text())
         assert head.poll() is None, Path(log.name).read_text()
-        yield Cluster(f"http://127.0.0.1:{port}", environment)
+        over_client = f"ray://127.0.0.1:{ports['ray-client-server-port']}"
+        yield Cluster(f"http://127.0.0.1:{port}", over_client, environment)
     finally:
         head.terminate()
         head.wait(60)
@@ -164,6 +166,30 @@ def test_a_training_is_stopped_and_goes_on(cluster: Cluster, config: Path) -> No
     assert (run / "bundle" / "recommender.json").exists()
 
 
+def test_ray_client_runs_the_command_elsewhere(cluster: Cluster, config: Path) -> None:
+    text = cluster.ilrec("submit", "prepare", str(config), "--address", cluster.client, "--set", "name=third")
+    assert "200 items, 60 users" in text
+    assert (config.parent / "third" / "prepared" / "dataset" / "stats.json").exists()
+    text = cluster.ilrec("submit", "evaluate", str(config), "--address", cluster.client, "--set", "name=4th", status=2)
+    assert "ilrec prepare" in text
+
+
+def test_over_ray_client_ctrl_c_ends_the_training(cluster: Cluster, config: Path) -> None:
+    run = config.parent / "fifth"
+    follower = cluster.start("submit", "train", str(config), "--address", cluster.client, "--set", "name=fifth")
+    until(lambda: follower.poll() is not None or len(list((run / "ray").glob("step-*/state.json"))) > 1)
+    assert follower.poll() is None
+    workers = cluster.actors("RayTrainWorker", "ALIVE")
+    assert len(workers) == 2
+    follower.send_signal(signal.SIGINT)
+    text, _ = follower.communicate(timeout=60)
+    assert follower.returncode == 130, text
+    assert "Traceback" not in text
+    assert "epoch 1/1000" in text
+    until(lambda: not any(Path(f"/proc/{worker['pid']}").exists() for worker in workers), 20)
+    assert len(list((run / "ray").glob("step-*/state.json"))) > 1
+
+
 def test_what_cannot_run_is_refused_before_it_is_sent(cluster: Cluster, config: Path) -> None:
     text = cluster.ilrec("submit", "train", str(config), "--set", "cluster.workers=9", status=2)
     assert "9 workers x 1 CPU need 9, the Ray cluster has 2" in text
@@ -174,11 +200,11 @@ def test_what_cannot_run_is_refused_before_it_is_sent(cluster: Cluster, config: 
 def test_a_job_or_token_that_is_not_known(cluster: Cluster) -> None:
     for command in (["logs", "--follow"], ["stop"]):
         assert "Job nowhere does not exist" in cluster.ilrec("jobs", *command, "nowhere", status=2)
-    stranger = Cluster(cluster.address, cluster.environment | {"RAY_AUTH_TOKEN": "f" * 32})
+    stranger = Cluster(cluster.address, cluster.client, cluster.environment | {"RAY_AUTH_TOKEN": "f" * 32})
     text = stranger.ilrec("jobs", "list", status=2)
     assert "Invalid authentication token" in text
     assert TOKEN not in text
-    nobody = Cluster(cluster.address, cluster.environment | {"RAY_AUTH_MODE": "disabled"})
+    nobody = Cluster(cluster.address, cluster.client, cluster.environment | {"RAY_AUTH_MODE": "disabled"})
     assert "Set RAY_AUTH_MODE=token" in nobody.ilrec("jobs", "list", status=2)
 
 
@@ -195,6 +221,15 @@ def test_a_job_or_token_that_is_not_known(cluster: Cluster) -> None:
 def test_an_address_without_a_job_server(address: str, says: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"--address {address}: ")) as caught:
         jobs.connect(address)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"), [("ray://", "ray://<head>:10001"), ("ray://nowhere.invalid:10001", "no connection")]
+)
+def test_an_address_without_a_ray_client_server(address: str, says: str, tiny_experiment: Experiment) -> None:
+    with pytest.raises(UserError, match=re.escape(f"--address {address}: ")) as caught:
+        client.run(address, "train", tiny_experiment, {}, [], None, print)
     assert says in str(caught.value)
 
 
