@@ -55,7 +55,7 @@ def sweep(experiment: Experiment, say: Say = print, fresh: bool = False) -> Path
     """
     config, corners = check_sweep(experiment)
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise UserError("sweep.search: optuna is not installed; pip install optuna, or choose search: random")
+        raise UserError("sweep.search: optuna is not installed; pip install 'ilrec[optuna]', or choose search: random")
     run, directory = experiment.run_dir, experiment.run_dir / SWEEP
     if (run / "ray").exists():
         raise UserError(f"{run} holds a run of `ilrec train`; give the sweep another name (--set name=…)")

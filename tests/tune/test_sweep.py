@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import re
 import time
@@ -59,7 +60,8 @@ def trials(swept: Path) -> list[dict[str, Any]]:
 
 
 def learning_rate(trial: dict[str, Any]) -> float:
-    return float(trial["parameters"]["training.learning_rate"])
+    [(_, value)] = trial["parameters"].items()
+    return float(value)
 
 
 def test_bad_trials_are_stopped_early(trials: list[dict[str, Any]]) -> None:
@@ -143,6 +145,31 @@ def test_a_sweep_and_a_training_run_do_not_share_a_directory(
     place = experiment.cluster.model_copy(update={"storage": str(tmp_path)})
     with pytest.raises(UserError, match="holds a run of `ilrec train`"):
         sweep(experiment.model_copy(update={"cluster": place}), lambda text: None)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_optuna_goes_on_after_an_interruption(experiment: Experiment) -> None:
+    pytest.importorskip("optuna", reason="needs optuna, which is optional")
+    draw = {"recommender.learning_rate": {"kind": "loguniform", "low": 1e-4, "high": 1e-1}}
+    values = experiment.model_dump(mode="json") | {
+        "name": "optuna",
+        "recommender": {"kind": "bpr", "dim": 8, "epochs": 1},
+        "sweep": {"parameters": draw, "trials": 3, "search": "optuna", "concurrent": 1},
+    }
+    said: list[str] = []
+
+    def interrupt(line: str) -> None:
+        said.append(line)
+        if "done after epoch 1" in line:  # of the first trial
+            _thread.interrupt_main()
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(Experiment.model_validate(values), interrupt)
+    run = sweep(Experiment.model_validate(values), said.append).parent
+    found = json.loads((run / "tune" / "trials.json").read_text())
+    assert [trial["outcome"] for trial in found] == ["finished"] * 3
+    assert len({learning_rate(trial) for trial in found}) == 3
+    assert sum(f"{found[0]['name']}: epoch 1" in line for line in said) == 1  # not done again
 
 
 @pytest.mark.usefixtures("ray_cluster")
