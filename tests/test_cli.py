@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
+from recommender.errors import UserError
 from recommender.recommender import Recommender
 from trainer.experiment import Experiment, load_experiment
 
