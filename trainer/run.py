@@ -30,6 +30,7 @@ _FREE = {
         "zero_stage",
         "accumulation",
         "logits_memory_mb",
+        "attention",
         "gradient_checkpointing",
         "checkpoint_every",
         "patience",
