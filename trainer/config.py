@@ -175,4 +175,9 @@ class EvaluationConfig(StrictModel):
     test_targets: int | None = Field(None, ge=1, description="Most test targets (a seeded sample); null = all.")
     exclude_seen: bool = Field(False, description="Never rank items of the history (right where nothing repeats).")
     batch: int = Field(64, ge=1, description="Histories searched at once.")
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        None,
+        description="Of a language model's weights in `ilrec evaluate`; bfloat16 is faster where the device multiplies "
+        "in it, and moves a few ranks. null: as they were saved.",
+    )
     bootstrap: int = Field(1000, ge=100, description="Resamples behind the 95 % intervals.")

@@ -36,7 +36,7 @@ _FREE = {
         "patience",
     ),
     "recommender": ("epochs", "patience"),
-    "evaluation": ("cutoffs", "test_targets", "batch", "bootstrap"),
+    "evaluation": ("cutoffs", "test_targets", "batch", "precision", "bootstrap"),
     "data": ("interactions", "items", "train", "validation", "test"),
 }
 
