@@ -22,6 +22,7 @@ import torch.distributed as dist
 from objectives.config import ILRecConfig, ObjectiveConfig
 from objectives.objective import build_objective
 from objectives.rewards import RewardSource
+from recommender.attention import choose_attention
 from recommender.backbone import Backbone, load_backbone
 from recommender.bundle import Manifest
 from recommender.collaborative.recommender import load_model
@@ -90,6 +91,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
 
     backbone = starting_backbone(experiment, space)
     backbone.to(device)
+    choose_attention(backbone, training.attention)
     objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
     rows = TrainingRows(dataset, space, training, objective.branching_only)
     check_tree(backbone, longest_path(backbone, rows))
@@ -240,7 +242,8 @@ def micro_batch(module: TrainedModel, rows: TrainingRows, numbers: np.ndarray) -
     else:
         row, nothing = rows[int(rows.lengths.argmin())], np.empty(0, np.int32)
         chosen = [Row(row.tokens, row.end, row.depth, nothing, nothing, nothing, nothing)]
-    batch = collate(chosen, module.backbone.padding, module.objective.branching_only)
+    backbone = module.backbone
+    batch = collate(chosen, backbone.padding, module.objective.branching_only, blocks_from=backbone.blocks_from)
     return module.micro_batch(batch, rows.histories(numbers) if module.reward_source is not None else None)
 
 
