@@ -72,8 +72,8 @@ class TrainingConfig(StrictModel):
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage.")
     attention: Literal["auto", "sdpa", "flex"] = Field(
         "auto",
-        description="What computes rows that branch. auto: FlexAttention on GPUs from 512 tokens on, where the model "
-        "can, SDPA otherwise; flex: at any length; sdpa: always SDPA.",
+        description="What computes rows that branch. auto: FlexAttention on GPUs from 512 tokens on, where it gives "
+        "what SDPA does, SDPA otherwise; flex: at any length; sdpa: always SDPA.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about 1.3x the time.")
     seed: int = 0

@@ -29,7 +29,7 @@ from recommender.collaborative.recommender import load_model
 from recommender.errors import UserError
 from recommender.items import ItemSpace
 from recommender.metrics import metric_values
-from recommender.probe import check_tree
+from recommender.probe import check_tree, flex_fault
 from recommender.recommender import Recommender, starting_point
 from recommender.tree import Row, collate, padded_length
 from trainer import checkpoint, storage
@@ -94,7 +94,13 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
     choose_attention(backbone, training.attention)
     objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
     rows = TrainingRows(dataset, space, training, objective.branching_only)
-    check_tree(backbone, longest_path(backbone, rows))
+    longest = longest_path(backbone, rows)
+    check_tree(backbone, longest)
+    if (fault := flex_fault(backbone, longest)) is not None:
+        if training.attention == "flex":
+            raise UserError(f"training.attention: flex: {fault}; use auto")
+        backbone.blocks_from = None
+        say(f"training.attention: {fault}; SDPA computes all rows")
     if training.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rewards = reward_source(experiment.objective, space, collaborative, device)

@@ -14,7 +14,7 @@ from recommender.attention import against_flex, allow_flex, choose_attention
 from recommender.backbone import Backbone, add_lora, train_tokenizer
 from recommender.config import LoraConfig
 from recommender.errors import UserError
-from recommender.probe import check_tree, flex_mismatch
+from recommender.probe import flex_fault, flex_mismatch
 from recommender.tree import BLOCK, Batch, Row, Sample, ancestor_blocks, ancestor_mask, build_row, collate
 
 VOCABULARY = 300
@@ -124,7 +124,7 @@ def test_what_does_not_come_in_blocks_is_left_to_sdpa() -> None:
 def test_the_probe_tells_a_flex_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = _llama()
     allow_flex(backbone, 0)
-    check_tree(backbone, 64)
+    assert flex_fault(backbone, 64) is None
     assert max(flex_mismatch(backbone, 64)) < 1e-5
     own = integration.compile_friendly_flex_attention
     causal = ancestor_blocks(torch.full((1, BLOCK), BLOCK))
@@ -136,11 +136,11 @@ def test_the_probe_tells_a_flex_attention_that_is_wrong(monkeypatch: pytest.Monk
         raise NotImplementedError("no such kernel")
 
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", wrong)
-    with pytest.raises(UserError, match=r"differs from SDPA.*set training\.attention: sdpa"):
-        check_tree(backbone, 64)
+    assert "differs from SDPA on a row of 64 tokens" in str(flex_fault(backbone, 64))
     monkeypatch.setattr(integration, "compile_friendly_flex_attention", broken)
-    with pytest.raises(UserError, match=r"set training\.attention: sdpa: no such kernel"):
-        check_tree(backbone, 64)
+    assert flex_fault(backbone, 64) == "FlexAttention does not run here: no such kernel"
+    backbone.blocks_from = None
+    assert flex_fault(backbone, 64) is None
 
 
 def test_only_long_rows_that_branch_come_in_blocks() -> None:
