@@ -116,6 +116,17 @@ class Backbone:
         logits = torch.cat(parts)
         return logits if head.bias is None else logits + head.bias[token].float()
 
+    def logits_among(self, hidden: Tensor, token: Tensor) -> Tensor:
+        """Some outputs of the prediction layer for all hidden states: float32 [N, T].
+
+        Args:
+            hidden: [N, D], normed.
+            token: int64 [T]; which outputs.
+        """
+        head: Any = self.head
+        bias = None if head.bias is None else head.bias[token].float()
+        return nn.functional.linear(hidden.float(), head.weight[token].float(), bias)
+
     def as_head(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run `function(*inputs)` in place of the prediction layer's own forward, with its weight at hand.
 
