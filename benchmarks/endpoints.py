@@ -5,7 +5,7 @@
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from ray import serve
 
 _empty, _generating = FastAPI(), FastAPI()
@@ -19,6 +19,12 @@ class Empty:
 
     @_empty.post("/")
     async def answer(self) -> dict[str, str]:
+        return {"status": "ok"}
+
+    @_empty.post("/read")
+    async def read(self, request: Request) -> dict[str, str]:
+        """Answers once the body of the request is here, as everything must that is asked something."""
+        await request.body()
         return {"status": "ok"}
 
 

@@ -37,6 +37,7 @@ from rich.table import Table
 from benchmarks.timing import in_turns, milliseconds, ratio, spread
 from objectives.config import LMLConfig
 from objectives.objective import build_objective
+from recommender.attention import choose_attention
 from recommender.backbone import Backbone, load_backbone
 from recommender.errors import UserError
 from recommender.items import ItemSpace
@@ -399,6 +400,7 @@ def main() -> None:
     training = training.model_copy(update={"batch_tokens": args.batch_tokens})  # of so few targets, many steps
     backbone = load_backbone(experiment.backbone, space.tokenizer, dtype_of(training.precision), training.seed)
     backbone.to(args.device)
+    choose_attention(backbone, training.attention)
     few = sample_of_users(dataset, args.users)
     works = [make_work(few, space, training, rule) for rule in RULES]
     console.print(

@@ -177,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True, help="a trained language model")
     parser.add_argument("--run", type=Path, help="whose validation histories are asked; default: the bundle's own run")
+    parser.add_argument("--width", type=int, help="nodes expanded a forward; default: the bundle's")
     parser.add_argument("--template", choices=TEMPLATES, help="a prompt other than the bundle's, for what words cost")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="of the weights; default: as saved")
     parser.add_argument("--histories", type=int, default=32)
@@ -187,7 +188,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
-        served = Served.load(args.bundle, args.run or args.bundle.parent, args.histories, "cpu")
+        served = Served.load(args.bundle, args.run or args.bundle.parent, args.histories, "cpu", args.width)
     except UserError as error:
         parser.error(str(error))
     if args.precision:

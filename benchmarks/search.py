@@ -13,9 +13,10 @@ Contenders take turns in one process, over the same histories; on a CPU, seconds
 
 Each row names the score that it ranks by. `full` is the sum of log-probabilities over the vocabulary, which `generate`
 ranks by; `valid` normalises over the valid tokens at each step, at the temperature that the model was trained at.
-Recall is the share of the true top K *of that score*, over the histories whose truth an exact search with a large
-budget could prove. Under `full` that can be few or none: a model that was trained over the valid tokens leaves
-arbitrary mass on others, so that every path looks unlikely and nothing can be ruled out.
+Recall is the share of the true top K *of that score*, over the histories whose truth is known. An exact search with a
+large budget proves most by `valid`. By `full` it may prove none: a model that was trained over the valid tokens leaves
+arbitrary mass on others, so that every path looks unlikely and nothing can be ruled out. Then, on the bundle's own
+catalogue, every item is scored for `--exhaustive` histories.
 
 Simulated catalogues begin with the bundle's own items and go on with titles that cross real ones: every pair of
 neighbouring tokens is one of a real title (`benchmarks.catalogues.extended_titles`). So the model gives them
@@ -46,13 +47,16 @@ from recommender.backbone import Backbone
 from recommender.config import SearchConfig
 from recommender.errors import UserError
 from recommender.metrics import metric_values
+from recommender.prefixes import Prefixes
 from recommender.recommender import Recommender
+from recommender.scoring import CandidateScorer
 from recommender.search import Ranking, TreeSearch
 from recommender.trie import RadixTrie
 from trainer.data.dataset import Dataset
 from trainer.ranking import held_out
 
 Prompts = Sequence[np.ndarray]
+_SCORED_AT_ONCE = 128  # items
 PREFILL, EXACT, BEAM, MASKED, GENERATE = "prefill", "exact", "beam", "masked beams", "generate"
 
 
@@ -130,6 +134,15 @@ def true_top(
     return [answer.items if answer.exact else None for answer in answers]
 
 
+def scored_top(backbone: Backbone, trie: RadixTrie, config: SearchConfig, prompt: np.ndarray, k: int) -> np.ndarray:
+    """The true top k of a history, by the score of every item."""
+    kept = Prefixes(backbone, np.empty(0, np.int32), max_bytes=2**40)
+    scorer, scores = CandidateScorer(TreeSearch(backbone, trie, config, kept), trie), np.empty(len(trie), np.float32)
+    for items in np.array_split(trie.item_of_leaf, -(-len(trie) // _SCORED_AT_ONCE)):  # neighbours share tokens
+        scores[items] = scorer.score(prompt, items.tolist())
+    return np.argsort(-scores, kind="stable")[:k].astype(np.int32)
+
+
 @dataclass(frozen=True)
 class Served:
     """A bundle, some histories of its run, and the two scores to rank by.
@@ -156,8 +169,11 @@ class Served:
         return self.recommender.space.identifiers.end
 
     @classmethod
-    def load(cls, bundle: Path, run: Path, histories: int, device: str) -> Served:
-        """Open a bundle and draw histories of the validation split of a run on the same catalogue."""
+    def load(cls, bundle: Path, run: Path, histories: int, device: str, width: int | None = None) -> Served:
+        """Open a bundle and draw histories of the validation split of a run on the same catalogue.
+
+        `width` takes the place of the bundle's own.
+        """
         recommender = Recommender.load(bundle, device)
         dataset = Dataset.load(run / "prepared" / "dataset")
         if dataset.item_ids != recommender.catalogue.item_ids:
@@ -165,7 +181,7 @@ class Served:
         split = held_out(dataset, "validation", histories)
         split = split.take(np.random.default_rng(0).permutation(len(split)))
         manifest = recommender.manifest
-        exact = manifest.search.model_copy(update={"mode": "exact"})
+        exact = manifest.search.model_copy(update={"mode": "exact", "width": width or manifest.search.width})
         return cls(
             recommender,
             split.histories,
@@ -199,8 +215,11 @@ class Case:
     truth: dict[str, list[np.ndarray | None]]
 
 
-def make_case(served: Served, items: int | None, histories: int, k: int, budget: int) -> Case:
-    """The bundle's own catalogue or, with `items`, a simulated one; the truth for the first `histories`."""
+def make_case(served: Served, items: int | None, histories: int, k: int, budget: int, exhaustive: int = 0) -> Case:
+    """The bundle's own catalogue or, with `items`, a simulated one; the truth for the first `histories`.
+
+    What no proof is found for is scored item by item, for the first `exhaustive` histories.
+    """
     trie = served.recommender.space.trie
     if items is not None:
         trie = RadixTrie.build(*extended_titles(*trie.identifiers(), items, np.random.default_rng(0)))
@@ -209,6 +228,10 @@ def make_case(served: Served, items: int | None, histories: int, k: int, budget:
     truth = {
         score: true_top(served.backbone, trie, config, prompts, k, budget) for score, config in served.configs.items()
     }
+    for score, config in served.configs.items():
+        for row, prompt in enumerate(prompts[:exhaustive]):
+            if truth[score][row] is None:
+                truth[score][row] = scored_top(served.backbone, trie, config, prompt, k)
     return Case(name, trie, TokenTrie(trie, served.backbone.device), truth)
 
 
@@ -346,13 +369,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, required=True, help="a trained language model")
     parser.add_argument("--run", type=Path, help="whose validation histories are asked; default: the bundle's own run")
+    parser.add_argument("--width", type=int, help="nodes expanded a forward; default: the bundle's")
     parser.add_argument("--items", type=int, nargs="*", default=[17_000, 100_000, 1_000_000], help="simulated")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--k", type=int, nargs="+", default=[10, 50])
     parser.add_argument("--histories", type=int, default=8, help="for latency; a batch at least")
     parser.add_argument("--quality-histories", type=int, default=128)
     parser.add_argument("--budgets", type=int, nargs="+", default=[10, 30, 100, 400], help="nodes, of the last table")
-    parser.add_argument("--widths", type=int, nargs="+", default=[10, 20, 50], help="of the last table")
+    parser.add_argument("--widths", type=int, nargs="+", default=[5, 10, 20, 50], help="of the last table")
+    parser.add_argument(
+        "--exhaustive", type=int, default=8, help="histories whose unproven truth is scored item by item"
+    )
     parser.add_argument("--truth-budget", type=int, default=1500, help="nodes that a proof may take")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
@@ -361,7 +388,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
-        served = Served.load(args.bundle, args.run or args.bundle.parent, args.quality_histories, args.device)
+        run = args.run or args.bundle.parent
+        served = Served.load(args.bundle, run, args.quality_histories, args.device, args.width)
     except UserError as error:
         parser.error(str(error))
     own = len(served.recommender.catalogue)
@@ -372,8 +400,8 @@ def main() -> None:
         f"{len(served.prompts)} histories of {np.mean([len(prompt) for prompt in served.prompts]):.0f} tokens; "
         f"{served.configs['valid']}; {args.threads} threads; {args.repeats} rounds in turns"
     )
-    wanted = [(None, args.quality_histories), *((items, asked) for items in args.items)]
-    cases = [make_case(served, items, number, max(args.k), args.truth_budget) for items, number in wanted]
+    cases = [make_case(served, None, args.quality_histories, max(args.k), args.truth_budget, args.exhaustive)]
+    cases += [make_case(served, items, asked, max(args.k), args.truth_budget) for items in args.items]
     console.print(catalogues_table(cases))
     for batch in args.batch:
         for k in args.k:

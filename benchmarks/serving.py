@@ -8,11 +8,13 @@ turn, with the same requests: a seeded sample of the run's validation histories,
 filters.
 
 - empty: a FastAPI app that returns a constant. No endpoint on Serve can do with less.
+- reading: the same, once it has received the body of its request.
 - ilrec: the endpoint with its default limits.
 - generate: the same model, K beams with `prefix_allowed_tokens_fn` over a marisa-trie, batched by `serve.batch`.
 - bare search: the search that ilrec's replica runs, in this process, in batches of the mean size that was seen there.
 
-First closed loops: N clients that ask again as soon as they are answered. Then, for each endpoint, an open loop at 70 %
+First closed loops: N clients that ask again as soon as they are answered. Below that of one client stands what ilrec
+adds to its search, in milliseconds and in empty endpoints. Then, for each endpoint, an open loop at 70 %
 of the most answers a second that it gave: latency counts from when a request was due. Latencies are of status 200;
 the others are counted. `--soak` goes on with ilrec's open loop and prints by the minute what memory Serve's processes
 hold.
@@ -47,8 +49,8 @@ from trainer.cluster import connect
 from trainer.data.dataset import Dataset
 from trainer.ranking import held_out
 
-EMPTY, ILREC, GENERATE, BARE = "empty", "ilrec", "generate", "bare search"
-PATHS = {EMPTY: "/empty/", ILREC: "/v1/recommendations", GENERATE: "/generate/"}
+EMPTY, READING, ILREC, GENERATE, BARE = "empty", "reading", "ilrec", "generate", "bare search"
+PATHS = {EMPTY: "/empty/", READING: "/empty/read", ILREC: "/v1/recommendations", GENERATE: "/generate/"}
 SHARE = 0.7  # of the capacity, in open loops
 HOST = "127.0.0.1"
 
@@ -111,6 +113,15 @@ def table(title: str) -> Table:
     )  # fmt: skip
 
 
+def added(asked: Measured, searched: Measured, empty: Measured, reading: Measured) -> str:
+    """What an endpoint adds to its search, beside what endpoints cost that do nothing; by the medians."""
+    more = asked.percentile(50) - searched.percentile(50)
+    return (
+        f"added to the bare search: {more:.1f} ms, {more / empty.percentile(50):.2f} × an empty endpoint, "
+        f"{more / reading.percentile(50):.2f} × one that reads its body"
+    )
+
+
 def closed_loop(
     ask: Asked, replica: Replica, bare: Callable[[int], Measured], names: Sequence[str], clients: int
 ) -> tuple[Table, dict[str, float]]:
@@ -122,7 +133,10 @@ def closed_loop(
     shown = table(f"closed loop, {clients} clients")
     for name, each in measured.items():
         shown.add_row(*row(name, each, measured[ILREC], batch if name == ILREC else None))
-    shown.add_row(*row(BARE, bare(size), measured[ILREC], size))
+    searched = bare(size)
+    shown.add_row(*row(BARE, searched, measured[ILREC], size))
+    if clients == 1:  # of more, most of a latency is waiting for others' searches
+        shown.caption = added(measured[ILREC], searched, measured[EMPTY], measured[READING])
     return shown, {name: each.rate for name, each in measured.items()}
 
 
@@ -205,7 +219,7 @@ def main() -> None:
         return measure(plan)
 
     try:
-        names = [EMPTY, ILREC] + ([] if args.without_generate else [GENERATE])
+        names = [EMPTY, READING, ILREC] + ([] if args.without_generate else [GENERATE])
         serve.run(Empty.bind(), name=EMPTY, route_prefix="/empty")  # type: ignore[attr-defined]  # decorated
         if not args.without_generate:
             generating = Generating.bind(str(args.bundle.absolute()), args.k, args.threads)  # type: ignore[attr-defined]

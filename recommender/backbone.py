@@ -15,6 +15,7 @@ from recommender.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch.nn.attention.flex_attention import BlockMask
     from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -32,6 +33,8 @@ class Backbone:
         num_layers: number of decoder layers, L.
         vocabulary: number of rows of the prediction layer, V.
         context: tokens of the longest path that it can read.
+        blocks_from: tokens from which on rows that branch are for FlexAttention, see `recommender/attention.py`; None =
+            never.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):
@@ -46,6 +49,7 @@ class Backbone:
         self.num_layers = len(self.layers)
         self.vocabulary = int(plain.config.vocab_size)
         self.context = int(plain.config.max_position_embeddings)
+        self.blocks_from: int | None = None
 
     def to(self, device: torch.device | str) -> None:
         """Move the weights."""
@@ -69,7 +73,7 @@ class Backbone:
     def hidden(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | BlockMask | None,
         position_ids: Tensor | None,
         cache: Cache | None = None,
     ) -> Tensor:
@@ -77,7 +81,8 @@ class Backbone:
 
         Args:
             input_ids: int64 [B, Q].
-            attention_mask: bool [B, 1, Q, K], True where a query may attend; None = plain causal attention.
+            attention_mask: bool [B, 1, Q, K], True where a query may attend; None = plain causal attention; a block
+                mask where FlexAttention is allowed.
             position_ids: int64 [B, Q]; None = 0 … Q−1.
             cache: keys and values of earlier tokens; this call appends to it.
         """
@@ -110,6 +115,17 @@ class Backbone:
         ]
         logits = torch.cat(parts)
         return logits if head.bias is None else logits + head.bias[token].float()
+
+    def logits_among(self, hidden: Tensor, token: Tensor) -> Tensor:
+        """Some outputs of the prediction layer for all hidden states: float32 [N, T].
+
+        Args:
+            hidden: [N, D], normed.
+            token: int64 [T]; which outputs.
+        """
+        head: Any = self.head
+        bias = None if head.bias is None else head.bias[token].float()
+        return nn.functional.linear(hidden.float(), head.weight[token].float(), bias)
 
     def as_head(self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run `function(*inputs)` in place of the prediction layer's own forward, with its weight at hand.

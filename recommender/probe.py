@@ -1,7 +1,8 @@
 """The probe: can this backbone run prompt trees?
 
 Sliding windows, linear attention and learned recurrences see more than a token's ancestors, and say nothing. So a
-backbone is asked: a small tree row, and the same samples in rows of their own, must give the same hidden states.
+backbone is asked: a small tree row, and the same samples in rows of their own, must give the same hidden states. Where
+FlexAttention may train it, that must give the same as SDPA, forward and backward.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 
 from recommender.backbone import Backbone
 from recommender.errors import UserError
-from recommender.tree import Sample, build_row, collate
+from recommender.tree import Row, Sample, build_row, collate
 
 
 @torch.inference_mode()
@@ -22,6 +23,39 @@ def tree_mismatch(backbone: Backbone, length: int = 64) -> float:
         backbone: in any dtype, on any device.
         length: tokens of the longest path; give the longest training row's, since windows only show beyond their size.
     """
+    samples = _samples(backbone, length)
+    tree = _hidden(backbone, [build_row(samples)])
+    alone = _hidden(backbone, [build_row([sample]) for sample in samples])
+    return float((tree - alone).abs().max() / alone.abs().max().clamp_min(1e-12))
+
+
+def flex_mismatch(backbone: Backbone, length: int = 64) -> tuple[float, float]:
+    """Relative differences between FlexAttention and SDPA on one tree row, as vectors.
+
+    Args:
+        backbone: FlexAttention is allowed; on a device that can train with it.
+        length: as above.
+
+    Returns:
+        of hidden states, and of the gradient of the first layer's trained weights, which has come through all layers.
+    """
+    weights = [weight for weight in backbone.layers[0].parameters() if weight.requires_grad]
+    training = backbone.model.training
+    backbone.model.eval()  # adapters have dropout
+    found = []
+    for blocks_from in (None, 0):
+        hidden = _hidden(backbone, [build_row(_samples(backbone, length))], blocks_from)
+        # half of each state: normed ones have all the same square sum, and some the same sum
+        gradients = torch.autograd.grad(hidden[:, ::2].sum(), weights) if weights else ()
+        found.append((hidden.detach(), torch.cat([hidden.new_zeros(1), *(g.float().flatten() for g in gradients)])))
+    backbone.model.train(training)
+    sdpa, flex = found
+    differences = [float((a - b).norm() / a.norm().clamp_min(1e-12)) for a, b in zip(sdpa, flex, strict=True)]
+    return differences[0], differences[1]
+
+
+def _samples(backbone: Backbone, length: int) -> list[Sample]:
+    """Random responses to the beginnings of a random text, the longest path of `length` tokens."""
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, backbone.vocabulary, (4, max(length, 16))).astype(np.int32)
     trunk = tokens[0]
@@ -31,9 +65,7 @@ def tree_mismatch(backbone: Backbone, length: int = 64) -> float:
         samples.append(Sample(trunk[:cut], response, np.zeros(8, np.int32)))
     samples.append(Sample(trunk[:-8], trunk[-8:], np.zeros(8, np.int32)))
     samples.sort(key=lambda s: np.concatenate([s.prompt, s.response]).tolist())  # the order that a row keeps
-    tree = _hidden(backbone, [build_row(samples)])
-    alone = _hidden(backbone, [build_row([sample]) for sample in samples])
-    return float((tree - alone).abs().max() / alone.abs().max().clamp_min(1e-12))
+    return samples
 
 
 @torch.inference_mode()
@@ -45,8 +77,8 @@ def _logits_mismatch(backbone: Backbone) -> float:
     return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-12))
 
 
-def _hidden(backbone: Backbone, rows: list) -> torch.Tensor:
-    batch = collate(rows, backbone.padding).to(backbone.device)
+def _hidden(backbone: Backbone, rows: list[Row], blocks_from: int | None = None) -> torch.Tensor:
+    batch = collate(rows, backbone.padding, blocks_from=blocks_from).to(backbone.device)
     hidden = backbone.hidden(batch.input_ids, batch.attention_mask(), batch.position_ids)
     return hidden.flatten(0, 1)[batch.source].float()
 
@@ -57,7 +89,7 @@ def check_tree(backbone: Backbone, length: int) -> None:
     Raises:
         UserError: tree rows disagree with separate rows, or the backbone takes no mask of its own at all.
     """
-    tolerance = {torch.float32: 1e-3, torch.float64: 1e-6}.get(backbone.dtype, 5e-2)
+    tolerance = _tolerance(backbone)
     try:
         mismatch = tree_mismatch(backbone, length)
         scaled = _logits_mismatch(backbone)
@@ -74,3 +106,26 @@ def check_tree(backbone: Backbone, length: int) -> None:
             f"hidden states are off by {mismatch:.1%} (sliding windows and linear attention look past ancestors). "
             "Use a full-attention model (Llama, Qwen2/3, GPT-2, OPT), or a prompt.history that stays inside its window."
         )
+
+
+def flex_fault(backbone: Backbone, length: int) -> str | None:
+    """What is wrong with FlexAttention on this device; None where it may be used, or is not in use."""
+    if backbone.blocks_from is None:
+        return None
+    try:
+        hidden, gradient = flex_mismatch(backbone, length)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of the compiler, of Triton, of the model: none of them has a base of its own
+        return f"FlexAttention does not run here: {error}"
+    tolerance = _tolerance(backbone)
+    if hidden <= tolerance and gradient <= 4 * tolerance:  # gradients lose more digits on the way
+        return None
+    return (
+        f"FlexAttention differs from SDPA on a row of {length} tokens, by {hidden:.1%} in hidden states and "
+        f"{gradient:.1%} in gradients"
+    )
+
+
+def _tolerance(backbone: Backbone) -> float:
+    return {torch.float32: 1e-3, torch.float64: 1e-6}.get(backbone.dtype, 5e-2)

@@ -4,6 +4,10 @@ The prompt is run once. Each step takes the best open nodes of every row, append
 *same* cache rows, and lets a token see its prompt and its ancestors (tree attention). The prediction head then scores
 the children of those nodes.
 
+A forward of few tokens costs nearly as much as one of many, so an exact step does not wait for the scores of nodes
+that will probably be wanted: nodes further down compete with the open ones, at the score of the open node above them
+and the logarithm of their share of its items. Whatever is expanded, scores and certificates are the same.
+
 Two scores, each the sum of log-probabilities along an identifier:
 
 - `valid`: at a node that branches, `log_softmax(logits[children] / temperature)`; a forced token adds 0. So a child
@@ -19,8 +23,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from copy import copy
-from dataclasses import Field, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,9 +41,12 @@ if TYPE_CHECKING:
 
 Filter = Sequence[Collection[int] | np.ndarray | None]  # items, for each history
 
+_State = TypeVar("_State", "_Rows", "_Step")
+
 _NOTHING = torch.iinfo(torch.int64).min  # the key of an empty place: below every real key
 _LOW = 0x7FFFFFFF
 _CACHE_HEADROOM = 128
+_FURTHER = 32  # nodes, the largest below an open one, that compete with the open ones
 _LOGITS_AT_ONCE = 2**26  # elements of one block of logits
 _FEW = 8  # times as fast are the logits of all tokens as those of single ones, each
 
@@ -77,8 +84,8 @@ class TreeSearch:
         self.trie = trie.to(backbone.device)
         self.items = len(trie)
         self._leaf_of_item = trie.leaf_of_item
-        # One arithmetic for all of a catalogue's scores, whatever else is in a batch.
-        self._reads_single_logits = _FEW * int(trie.child_count.max()) < backbone.vocabulary
+        # One arithmetic for a node's children, whatever else is in a batch.
+        self._reads_single_logits = _FEW * int(trie.child_count[1:].max()) < backbone.vocabulary
         self.root_children = int(trie.child_count[0])
         self.is_leaf = self.trie.child_count == 0
         if config.score == "valid":
@@ -91,6 +98,8 @@ class TreeSearch:
             self.append_length = self.trie.chain_length - self.is_leaf.long()
             self.entry_count = torch.where(self.is_leaf, 1, self.trie.child_count)
             self.finished_at_sight = self.is_leaf & (self.trie.chain_length == 1)
+        self.below = trie.below(~self.finished_at_sight.cpu().numpy()).to(backbone.device)
+        self._sizes = torch.stack([self.append_length, self.entry_count], 1)
 
     @torch.inference_mode()
     def search(
@@ -121,16 +130,16 @@ class TreeSearch:
         rows = self._open_rows(prompts, k, self._allowed(len(prompts), exclude, allow))
         answers = _Answers(rows)
         run = prefill(self.backbone, [np.asarray(p, np.int32) for p in prompts], self.prefixes, _CACHE_HEADROOM)
-        rows, cache, tree = rows.select(run.order), run.cache, _AppendedTree(self.backbone.device)
+        rows, cache, tree = _selected(rows, run.order), run.cache, _AppendedTree(self.backbone.device)
         self._expand_root(rows, run.hidden)
         while True:
             step = self._choose(rows)
             if step is None:
                 break
-            if 2 * step.rows_alive <= len(rows):
+            if (len(rows) - step.rows_alive) * step.longest > step.rows_alive:
                 answers.store(rows)
                 alive = torch.nonzero(step.take).squeeze(1)
-                rows, step.take = rows.select(alive), step.take[alive]
+                rows, step = _selected(rows, alive), _selected(step, alive)
                 cache.keep_rows(alive)
             self._expand(rows, step, cache, tree)
         answers.store(rows)
@@ -198,34 +207,55 @@ class TreeSearch:
         """Score the root's children after the prompts."""
         count, device = len(rows), rows.index.device
         roots = torch.zeros(count, dtype=torch.int64, device=device)
-        nodes = _Nodes(
-            row=torch.arange(count, device=device), node=roots, score=torch.zeros(count, device=device), expansion=roots
-        )
-        self._receive(rows, nodes, _Sizes(entries=count * self.root_children, widest=self.root_children), hidden)
+        row, score = torch.arange(count, device=device), torch.zeros(count, device=device)
+        nodes = _Nodes(row, roots, score, roots, roots, torch.ones_like(roots, dtype=torch.bool), roots, 0)
+        logits = None
+        if self.config.score == "valid":  # all rows have the same children: one matrix product
+            logits = self.backbone.logits_among(hidden, self.trie.first_token[1 : 1 + self.root_children]).flatten()
+        sizes = _Sizes(entries=count * self.root_children, widest=self.root_children)
+        self._receive(rows, nodes, sizes, hidden, logits)
 
     def _choose(self, rows: _Rows) -> _Step | None:
-        """The best open nodes of each row that could still change its answer. The one wait for the device per step."""
-        live = rows.open_key > rows.last_wanted()[:, None]
+        """The best nodes of each row that could still change its answer. The one wait for the device per step.
+
+        A node that is not open has the open one above it chosen as well, and all between: it has fewer leaves.
+        """
+        width, bar = self.config.width, rows.last_wanted()
+        live = rows.open_key > bar[:, None]
         live_count = live.sum(1)
-        take = live_count.clamp(max=self.config.width)
+        above, live = rows.open_node[:, :width], live[:, :width, None]
+        place = torch.arange(min(width, _FURTHER) if self.config.mode == "exact" else 1, device=above.device)
+        at = (self.below.start[above][..., None] + place).clamp(max=len(self.below.node) - 1)
+        score, bar_score = _decode(rows.open_key[:, :width])[0], _decode(bar)[0]
+        estimate = score[..., None] + self.below.log_share[at]
+        is_further = (place < self.below.count[above][..., None]) & ~(estimate <= bar_score[:, None, None])
+        if rows.allowed is not None:
+            node = self.below.node[at]
+            row = rows.index[:, None, None].expand_as(node)
+            is_further &= rows.allowed.within(row, self.trie.lo[node], self.trie.hi[node]) > 0
+        is_candidate = ((place == 0) | is_further) & live
+
+        ranked = torch.where(is_candidate, estimate, -torch.inf).flatten(1)
+        order = ranked.topk(min(width, ranked.shape[1]), dim=1).indices
+        take = is_candidate.flatten(1).sum(1).clamp(max=order.shape[1])
         if self.config.mode == "exact":
             take = torch.minimum(take, self.config.node_budget - rows.expansions)
-        width = min(self.config.width, rows.open_key.shape[1])
-        chosen = torch.arange(width, device=take.device) < take[:, None]
-        node = rows.open_node[:, :width]
-        lengths = torch.where(chosen, self.append_length[node], 0).sum(1)
-        entries = torch.where(chosen, self.entry_count[node], 0).sum(1)
-        summary = [take.sum(), (take > 0).sum(), live_count.max()]
-        summary += [lengths.sum(), lengths.max(), entries.sum(), entries.max()]
-        nodes, rows_alive, most_live, tokens, longest, total, widest = torch.stack(summary).tolist()
+        chosen = torch.arange(order.shape[1], device=take.device) < take[:, None]
+        at = at.flatten(1).gather(1, order)
+        node, levels = self.below.node[at].long(), torch.where(chosen, self.below.levels[at], 0)
+        of_rows = torch.where(chosen[..., None], self._sizes[node], 0).sum(1)
+        summary = [of_rows.sum(0), of_rows.amax(0)]
+        summary += [each[None] for each in (take.sum(), (take > 0).sum(), live_count.max(), levels.max())]
+        tokens, entries, longest, widest, nodes, rows_alive, most_live, deepest = torch.cat(summary).tolist()
         if nodes == 0:
             return None
         rows.keep_open(max(most_live, 1))
-        return _Step(take, rows_alive, nodes, tokens, longest, _Sizes(total, widest))
+        among_open, sizes = order // len(place), _Sizes(entries, widest)
+        return _Step(take, node, levels, among_open, rows_alive, nodes, deepest, tokens, longest, sizes)
 
     def _expand(self, rows: _Rows, step: _Step, cache: TreeCache, tree: _AppendedTree) -> None:
         """Append the chains of the chosen nodes and score what follows them."""
-        nodes, parent = rows.pop(step, tree)
+        nodes = self._pop(rows, step, tree)
         length, start = self.append_length[nodes.node], self.trie.chain_start[nodes.node]
         above = self.trie.depth[self.trie.parent[nodes.node]]
         owner, place = ragged(length, step.tokens)
@@ -238,7 +268,7 @@ class TreeSearch:
         position_ids = torch.zeros_like(input_ids)
         position_ids[row, slot] = rows.prompt_length[row] + above[owner] + place
         last = length.cumsum(0) - 1
-        mask = tree.append(rows, row, slot, slot - place, parent[owner], last, step.longest, cache.get_seq_length())
+        mask = tree.append(rows, nodes, owner, row, slot, slot - place, last, step.longest, cache.get_seq_length())
         hidden = self.backbone.hidden(input_ids, mask, position_ids, cache)[row, slot]
 
         if self.config.score == "valid":
@@ -246,20 +276,51 @@ class TreeSearch:
         else:
             chain_left = self.trie.chain_length[nodes.node][owner] - place - 1
             following = self.trie.leaf_tokens[start[owner] + place + (chain_left > 0)].long()
-            self._receive(rows, nodes, step.sizes, hidden, _Chains(last, length, following, chain_left > 0))
+            chains = _Chains(last, length, following, chain_left > 0)
+            self._receive(rows, nodes, step.sizes, hidden, chains=chains)
+
+    def _pop(self, rows: _Rows, step: _Step, tree: _AppendedTree) -> _Nodes:
+        """Take the chosen nodes out of their rows."""
+        row, rank = ragged(step.take, step.nodes)
+        node, place = step.node[row, rank], step.place[row, rank]
+        is_open = step.levels[row, rank] == 0
+        score, _ = _decode(rows.open_key[row, place])
+        parent = rows.open_parent[row, place]
+        above = torch.zeros_like(node)
+        if step.deepest:
+            is_parent = step.node[:, None] == self.trie.parent[step.node][..., None]
+            first = step.take.cumsum(0) - step.take
+            above = torch.where(is_open, 0, first[row] + is_parent.int().argmax(2)[row, rank])
+            parent = torch.where(is_open, parent, tree.expansions + above)
+        rows.open_key = rows.open_key.index_put((row, place), torch.full_like(row, _NOTHING))
+        rows.expansions = rows.expansions + step.take
+        expansion = tree.expansions + torch.arange(step.nodes, device=row.device)
+        return _Nodes(row, node, score, expansion, parent, is_open, above, step.deepest)
 
     def _receive(
-        self, rows: _Rows, nodes: _Nodes, sizes: _Sizes, hidden: torch.Tensor, chains: _Chains | None = None
+        self,
+        rows: _Rows,
+        nodes: _Nodes,
+        sizes: _Sizes,
+        hidden: torch.Tensor,
+        logits: torch.Tensor | None = None,
+        chains: _Chains | None = None,
     ) -> None:
-        """Score the children of the nodes and put them among the finished items or the open nodes of their rows."""
+        """Score the children of the nodes and put them among the finished items or the open nodes of their rows.
+
+        `logits` are the children's, before the temperature, where they are known.
+        """
         counts = self.entry_count[nodes.node]
         owner, place = ragged(counts, sizes.entries)
         of_leaf = self.is_leaf[nodes.node][owner]
         entry = torch.where(of_leaf, nodes.node[owner], self.trie.first_child[nodes.node][owner] + place)
         token = self.trie.first_token[entry].clamp(min=0)
-        score = nodes.score
+        chain_score = None
         if self.config.score == "valid":
-            logits, _ = self.logits(hidden, owner, token, normalise=False)
+            if logits is None:
+                logits, _ = self.logits(hidden, owner, token, normalise=False)
+            else:
+                logits = logits / (self.config.temperature or 1.0)
             step_score = log_softmax_within(logits, counts, owner)
         elif chains is None:
             logits, norm = self.logits(hidden, owner, token, normalise=True)
@@ -270,9 +331,20 @@ class TreeSearch:
             logits, norm = self.logits(hidden, position, torch.cat([chains.following, token]), normalise=True)
             chain_score, step_score = (logits - norm[position]).split([len(everywhere), sizes.entries])
             chain_score = torch.where(chains.is_scored, chain_score, 0.0)
-            score = score + torch.segment_reduce(chain_score, "sum", lengths=chains.length, unsafe=True)
+            chain_score = torch.segment_reduce(chain_score, "sum", lengths=chains.length, unsafe=True)
             step_score = torch.where(of_leaf, 0.0, step_score)
+
+        score = nodes.score if chain_score is None else nodes.score + chain_score
+        if nodes.deepest:  # which entry a node is that was chosen before its score was known
+            at = (counts.cumsum(0) - counts)[nodes.above] + nodes.node - self.trie.first_child[nodes.node[nodes.above]]
+            at = torch.where(nodes.is_open, sizes.entries, at)
+            step_of = torch.where(nodes.is_open, 0, at)
+        for _ in range(nodes.deepest):
+            arrived = torch.where(nodes.is_open, nodes.score, score[nodes.above] + step_score[step_of])
+            score = arrived if chain_score is None else arrived + chain_score
         key = _keys(score[owner] + step_score, self.trie.first_item[entry])
+        if nodes.deepest:
+            key = torch.cat([key, key[:1]]).index_fill(0, at, _NOTHING)[:-1]
 
         row = nodes.row[owner]
         if rows.allowed is not None:
@@ -318,9 +390,13 @@ class _Sizes:
 
 @dataclass
 class _Step:
-    take: torch.Tensor  # [rows], nodes to expand: the first of each row's open ones
+    take: torch.Tensor  # [rows], nodes to expand, the first of each row below
+    node: torch.Tensor  # [rows, width]
+    levels: torch.Tensor  # [rows, width], how far below an open node; 0: it is one
+    place: torch.Tensor  # [rows, width], where that is among the open ones
     rows_alive: int
     nodes: int
+    deepest: int  # the most levels
     tokens: int  # to append, over all rows
     longest: int  # the most of any row
     sizes: _Sizes
@@ -332,8 +408,12 @@ class _Nodes:
 
     row: torch.Tensor
     node: torch.Tensor
-    score: torch.Tensor  # float32, up to the first token of the node's chain
+    score: torch.Tensor  # float32, up to the first token of the node's chain; of an open node
     expansion: torch.Tensor  # ordinal in the appended tree
+    parent: torch.Tensor  # the parent's ordinal there
+    is_open: torch.Tensor  # the others were chosen before their scores
+    above: torch.Tensor  # where among these the parent is, of such others
+    deepest: int  # the most levels of such others below an open node
 
 
 @dataclass
@@ -364,13 +444,6 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.index)
 
-    def select(self, rows: torch.Tensor) -> _Rows:
-        def selected(field: Field[Any]) -> Any:
-            value = getattr(self, field.name)
-            return value[rows] if isinstance(value, torch.Tensor) else value
-
-        return _Rows(**{field.name: selected(field) for field in fields(self)})
-
     def last_wanted(self) -> torch.Tensor:
         """[R], the key that an open node has to beat. Nothing is beaten where nothing is wanted."""
         key = self.finished.gather(1, (self.wanted - 1).clamp(min=0)[:, None]).squeeze(1)
@@ -382,17 +455,6 @@ class _Rows:
     def keep_open(self, places: int) -> None:
         self.open_key, self.open_node = self.open_key[:, :places], self.open_node[:, :places]
         self.open_parent = self.open_parent[:, :places]
-
-    def pop(self, step: _Step, tree: _AppendedTree) -> tuple[_Nodes, torch.Tensor]:
-        """Take the chosen nodes out; also the ordinal of each one's parent, [N]."""
-        row, rank = ragged(step.take, step.nodes)
-        score, _ = _decode(self.open_key[row, rank])
-        expansion = tree.expansions + torch.arange(step.nodes, device=row.device)
-        nodes = _Nodes(row, self.open_node[row, rank], score, expansion)
-        parent = self.open_parent[row, rank]
-        self.open_key = self.open_key.index_put((row, rank), torch.full_like(row, _NOTHING))
-        self.expansions = self.expansions + step.take
-        return nodes, parent
 
     def add(
         self,
@@ -448,15 +510,16 @@ class _AppendedTree:
     def append(
         self,
         rows: _Rows,
+        nodes: _Nodes,
+        owner: torch.Tensor,
         row: torch.Tensor,
         slot: torch.Tensor,
         first_slot: torch.Tensor,
-        parent: torch.Tensor,
         last: torch.Tensor,
         longest: int,
         filled: int,
     ) -> torch.Tensor:
-        """Register tokens [T] (their row, slot among the new ones, first slot of their chain, parent's expansion).
+        """Register tokens [T] (whose chain, their row, slot among the new ones, first slot of their chain).
 
         `last` [N] is each chain's last token, `longest` the number of new slots, `filled` the slots before them.
         Returns bool [rows, 1, longest, filled + longest]: a token sees its prompt, its ancestors and itself; a padding
@@ -466,8 +529,12 @@ class _AppendedTree:
         self._reserve(self.expansions + len(last), end)
         new = torch.arange(longest, device=row.device)
         chain = (new >= first_slot[:, None]) & (new <= slot[:, None])
-        sees = torch.cat([self.visible[parent, : self.slots], chain], 1)
-        self.visible[self.expansions : self.expansions + len(last), :end] = sees[last]
+        for _ in range(nodes.deepest + 1):  # parents of the same step first
+            sees = self.visible[nodes.parent, :end]
+            sees[:, self.slots :] |= chain[last]
+            self.visible[self.expansions : self.expansions + len(last), :end] = sees
+        sees = self.visible[nodes.parent[owner], :end]
+        sees[:, self.slots :] |= chain
 
         prompt = filled - self.slots
         mask = torch.zeros(len(rows), longest, filled + longest, dtype=torch.bool, device=row.device)
@@ -515,6 +582,13 @@ class _Answers:
 
 
 # ----------------------------------------------------------------------------------------------------- small tools
+
+
+def _selected(state: _State, rows: torch.Tensor) -> _State:
+    """The state of some rows: of all its tensors, which have a place for each."""
+    values = {field.name: getattr(state, field.name) for field in fields(state)}
+    kept: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return replace(state, **kept)
 
 
 def _size(items: Collection[int] | np.ndarray | None) -> int:

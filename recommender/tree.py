@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class Batch:
         nodes: int64 [E].
         sample: int64 [E]; the sample of each prediction, numbered through the rows.
         tokens: how many of the B·L positions are not padding.
+        blocks: the mask is for FlexAttention.
     """
 
     input_ids: torch.Tensor
@@ -128,14 +132,17 @@ class Batch:
     nodes: torch.Tensor
     sample: torch.Tensor
     tokens: int
+    blocks: bool = False
 
     def to(self, device: torch.device | str) -> Batch:
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
 
-    def attention_mask(self) -> torch.Tensor | None:
+    def attention_mask(self) -> torch.Tensor | BlockMask | None:
         """bool [B, 1, L, L], True where a query may see a key; None stands for plain causal attention."""
-        return None if self.end is None else ancestor_mask(self.end)
+        if self.end is None:
+            return None
+        return ancestor_blocks(self.end) if self.blocks else ancestor_mask(self.end)
 
 
 def ancestor_mask(end: torch.Tensor) -> torch.Tensor:
@@ -144,7 +151,36 @@ def ancestor_mask(end: torch.Tensor) -> torch.Tensor:
     return ((at[None, :] <= at[:, None]) & (at[None, :, None] < end[:, None, :])).unsqueeze(1)
 
 
+def ancestor_blocks(end: torch.Tensor) -> BlockMask:
+    """The same mask for FlexAttention, L a multiple of BLOCK: which blocks it computes, and the rule inside them.
+
+    Nothing of size L × L is made. Below the diagonal a block of keys is seen by a block of queries if one of its
+    subtrees reaches into it, and needs no rule there if all of them reach past it.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def sees(row: torch.Tensor, _head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & (query < end[row, key])
+
+    ends = end.unflatten(1, (-1, BLOCK))
+    begin = torch.arange(0, end.shape[1], BLOCK, device=end.device)
+    below = begin[None, :] < begin[:, None]  # [query blocks, key blocks]
+    some = below & (ends.amax(-1)[:, None, :] > begin[:, None])
+    all_of_it = below & (ends.amin(-1)[:, None, :] >= begin[:, None] + BLOCK)
+    partial = (some & ~all_of_it) | torch.eye(len(begin), dtype=torch.bool, device=end.device)
+    return BlockMask.from_kv_blocks(
+        *_listed(partial), *_listed(all_of_it), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(end.shape[1],) * 2
+    )
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For bool [B, Q, K], True first: the number of blocks of keys [B, 1, Q] and which they are [B, 1, Q, K]."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]
+
+
 PADDING_MULTIPLE = 8  # fewer distinct shapes, aligned kernels
+BLOCK = 128  # of FlexAttention: tokens that are skipped, or not, together
 
 
 def padded_length(length: int, multiple: int = PADDING_MULTIPLE) -> int:
@@ -152,26 +188,35 @@ def padded_length(length: int, multiple: int = PADDING_MULTIPLE) -> int:
     return -(-length // multiple) * multiple
 
 
-def collate(rows: Sequence[Row], padding: int, branching_only: bool = False, multiple: int = PADDING_MULTIPLE) -> Batch:
+def collate(
+    rows: Sequence[Row],
+    padding: int,
+    branching_only: bool = False,
+    multiple: int = PADDING_MULTIPLE,
+    blocks_from: int | None = None,
+) -> Batch:
     """Pad rows to one length, a multiple of `multiple`.
 
     Args:
         padding: the token that fills up; padding sees only itself and is seen by nothing.
         branching_only: keep only predictions with more than one valid token.
+        blocks_from: rows that branch and whose longest has as many tokens are for FlexAttention, padded to a multiple
+            of BLOCK; None = no rows are.
     """
-    length = padded_length(max(map(len, rows)), multiple)
-    count = len(rows)
+    longest, count = max(map(len, rows)), len(rows)
+    chains = all(bool((row.end == len(row)).all()) for row in rows)
+    blocks = blocks_from is not None and longest >= blocks_from and not chains
+    length = padded_length(longest, BLOCK if blocks else multiple)
     input_ids = np.full((count, length), padding, np.int64)
     position_ids = np.zeros((count, length), np.int64)
     end = np.tile(np.arange(1, length + 1, dtype=np.int64), (count, 1))
     source, target, nodes, sample = [], [], [], []
-    chains, samples = True, 0
+    samples = 0
     for i, row in enumerate(rows):
         size = len(row)
         input_ids[i, :size] = row.tokens
         position_ids[i, :size] = row.depth
         end[i, :size] = row.end
-        chains = chains and bool((row.end == size).all())
         kept = row.nodes >= 0 if branching_only else slice(None)
         source.append(row.source[kept].astype(np.int64) + i * length)
         target.append(row.target[kept])
@@ -189,4 +234,5 @@ def collate(rows: Sequence[Row], padding: int, branching_only: bool = False, mul
         torch.from_numpy(np.concatenate(nodes).astype(np.int64)),
         torch.from_numpy(np.concatenate(sample)),
         sum(map(len, rows)),
+        blocks,
     )

@@ -38,6 +38,29 @@ class TrieTensors:
 
 
 @dataclass(frozen=True)
+class Below:
+    """Nodes at and below every node, those with the most leaves first; on a device.
+
+    Attributes
+    ----------
+    start, count : int64 [nodes], where a node's are; the root has only itself
+    node : int32 [entries], itself first, if it is listed
+    levels : int8 [entries], edges down to it
+    log_share : float64 [entries], logarithm of its share of the leaves; precise enough that none ties with one above it
+    """
+
+    start: torch.Tensor
+    count: torch.Tensor
+    node: torch.Tensor
+    levels: torch.Tensor
+    log_share: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Below:
+        """Copy to a device."""
+        return Below(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass(frozen=True)
 class RadixTrie:
     """Radix trie of a catalogue's identifiers; build it with :meth:`build`.
 
@@ -239,6 +262,22 @@ class RadixTrie:
         wanted = (nodes.astype(np.int64) << 32) | tokens
         at = np.minimum(np.searchsorted(self._edges, wanted), len(self._edges) - 1)
         return np.where(self._edges[at] == wanted, at + 1, -1)
+
+    def below(self, is_listed: np.ndarray) -> Below:
+        """The nodes that `is_listed` (bool [nodes]) names, at themselves and at each ancestor but the root."""
+        node = np.flatnonzero(is_listed).astype(np.int32)
+        pairs, above, level = [], node, 0
+        while level == 0 or len(above):
+            pairs.append((above, node, np.full(len(node), level, np.int8)))
+            above = self.parent[above]
+            node, above, level = node[above > 0], above[above > 0], level + 1
+        above, node, levels = (np.concatenate(each) for each in zip(*pairs, strict=True))
+        leaves = self.hi - self.lo
+        order = np.lexsort((node, -leaves[node], above))  # breadth-first numbers: a node before those below it
+        above, node, levels = above[order], node[order], levels[order]
+        count = np.bincount(above, minlength=self.nodes)
+        log_share = np.log(leaves[node]) - np.log(leaves[above])
+        return Below(*map(torch.from_numpy, (np.cumsum(count) - count, count, node, levels, log_share)))
 
     def to(self, device: torch.device | str) -> TrieTensors:
         """Copy to a device."""

@@ -23,10 +23,14 @@ from recommender.errors import UserError
 from service.auth import read_tokens
 from service.config import ServingConfig
 
-# For the proxies, which the controller starts and gives its own environment.
-_PROXIES = {
+# Of Serve's processes: the controller starts proxies and replicas and gives them its own environment.
+_ENVIRONMENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",  # on busy cores the default of 5 s is missed, again and again
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "service.ingress:middlewares",
+    # A request changes threads less often, and crosses from proxy to replica by gRPC instead of as a Ray task.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
@@ -187,7 +191,7 @@ def _connect() -> bool:
 
 def _start(config: ServingConfig) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    environment = {name: os.environ.get(name, value) for name, value in _PROXIES.items()}
+    environment = {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()}
     serve.start(
         http_options={"host": config.host, "port": config.port},
         logging_config=_QUIET,

@@ -7,6 +7,7 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.ingress import CARRIED
 from service.problems import Problem
 from service.schema import FieldError
 
@@ -35,12 +36,13 @@ class BodyLimit:
         declared = headers.get(b"content-length", b"")[:20]
         if declared.isdigit() and int(declared) > self.max_bytes:
             return await self._refuse(scope, receive, send)
+        carried: bytes | None = scope.get(CARRIED)  # by the proxy; no need to ask it
         messages: list[Message] = []
         size = 0
         try:
             async with asyncio.timeout(self.seconds):
                 while not messages or messages[-1].get("more_body"):
-                    messages.append(await receive())
+                    messages.append(await receive() if carried is None else {"type": "http.request", "body": carried})
                     if messages[-1]["type"] == "http.disconnect":
                         return None
                     size += len(messages[-1].get("body", b""))

@@ -70,6 +70,11 @@ class TrainingConfig(StrictModel):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on embeddings and on each block's outputs.")
     precision: Literal["float32", "bfloat16"] = "float32"
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage.")
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto",
+        description="What computes rows that branch. auto: FlexAttention on GPUs from 512 tokens on, where it gives "
+        "what SDPA does, SDPA otherwise; flex: at any length; sdpa: always SDPA.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about 1.3x the time.")
     seed: int = 0
     checkpoint_every: int | None = Field(None, ge=1, description="Optimiser steps between checkpoints, besides epochs.")
@@ -170,4 +175,9 @@ class EvaluationConfig(StrictModel):
     test_targets: int | None = Field(None, ge=1, description="Most test targets (a seeded sample); null = all.")
     exclude_seen: bool = Field(False, description="Never rank items of the history (right where nothing repeats).")
     batch: int = Field(64, ge=1, description="Histories searched at once.")
+    precision: Literal["float32", "bfloat16"] | None = Field(
+        None,
+        description="Of a language model's weights in `ilrec evaluate`; bfloat16 is faster where the device multiplies "
+        "in it, and moves a few ranks. null: as they were saved.",
+    )
     bootstrap: int = Field(1000, ge=100, description="Resamples behind the 95 % intervals.")

@@ -143,7 +143,7 @@ def _rank(
     environment = {"OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker)))}
     actor = ray.remote(_RankingWorker).options(**options, runtime_env={"env_vars": environment})
     device = "cuda" if cluster.gpus_per_worker else "cpu"
-    arguments = (str(bundle.absolute()), str(dataset_dir.absolute()), split, limit, device, search)
+    arguments = (str(bundle.absolute()), str(dataset_dir.absolute()), split, limit, device, config.precision, search)
     actors: list[Any] = [actor.remote(*arguments) for _ in range(workers)]
     lengths = np.array([len(h) for h in held_out(Dataset.load(dataset_dir), split, limit).histories])
     order = np.argsort(-lengths, kind="stable")
@@ -181,14 +181,22 @@ class _RankingWorker:
     """A Ray actor that holds the recommender and the held-out targets."""
 
     def __init__(
-        self, bundle: str, dataset_dir: str, split: str, limit: int | None, device: str, search: SearchConfig | None
+        self,
+        bundle: str,
+        dataset_dir: str,
+        split: str,
+        limit: int | None,
+        device: str,
+        precision: str | None,
+        search: SearchConfig | None,
     ):
         import os
 
         import torch
 
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        self._recommender = load_recommender(bundle, device, search=search)
+        dtype = None if precision is None else getattr(torch, precision)
+        self._recommender = load_recommender(bundle, device, dtype, search)
         self._targets = held_out(Dataset.load(dataset_dir), split, limit)
 
     def rank(self, at: np.ndarray, k: int, exclude_seen: bool, batch: int) -> Ranking:

@@ -30,12 +30,13 @@ _FREE = {
         "zero_stage",
         "accumulation",
         "logits_memory_mb",
+        "attention",
         "gradient_checkpointing",
         "checkpoint_every",
         "patience",
     ),
     "recommender": ("epochs", "patience"),
-    "evaluation": ("cutoffs", "test_targets", "batch", "bootstrap"),
+    "evaluation": ("cutoffs", "test_targets", "batch", "precision", "bootstrap"),
     "data": ("interactions", "items", "train", "validation", "test"),
 }
 

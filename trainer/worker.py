@@ -22,13 +22,14 @@ import torch.distributed as dist
 from objectives.config import ILRecConfig, ObjectiveConfig
 from objectives.objective import build_objective
 from objectives.rewards import RewardSource
+from recommender.attention import choose_attention
 from recommender.backbone import Backbone, load_backbone
 from recommender.bundle import Manifest
 from recommender.collaborative.recommender import load_model
 from recommender.errors import UserError
 from recommender.items import ItemSpace
 from recommender.metrics import metric_values
-from recommender.probe import check_tree
+from recommender.probe import check_tree, flex_fault
 from recommender.recommender import Recommender, starting_point
 from recommender.tree import Row, collate, padded_length
 from trainer import checkpoint, preemption, storage
@@ -94,9 +95,16 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
 
     backbone = starting_backbone(experiment, space)
     backbone.to(device)
+    choose_attention(backbone, training.attention)
     objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
     rows = TrainingRows(dataset, space, training, objective.branching_only)
-    check_tree(backbone, longest_path(backbone, rows))
+    longest = longest_path(backbone, rows)
+    check_tree(backbone, longest)
+    if (fault := flex_fault(backbone, longest)) is not None:
+        if training.attention == "flex":
+            raise UserError(f"training.attention: flex: {fault}; use auto")
+        backbone.blocks_from = None
+        say(f"training.attention: {fault}; SDPA computes all rows")
     if training.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rewards = reward_source(experiment.objective, space, collaborative, device)
@@ -247,7 +255,8 @@ def micro_batch(module: TrainedModel, rows: TrainingRows, numbers: np.ndarray) -
     else:
         row, nothing = rows[int(rows.lengths.argmin())], np.empty(0, np.int32)
         chosen = [Row(row.tokens, row.end, row.depth, nothing, nothing, nothing, nothing)]
-    batch = collate(chosen, module.backbone.padding, module.objective.branching_only)
+    backbone = module.backbone
+    batch = collate(chosen, backbone.padding, module.objective.branching_only, blocks_from=backbone.blocks_from)
     return module.micro_batch(batch, rows.histories(numbers) if module.reward_source is not None else None)
 
 

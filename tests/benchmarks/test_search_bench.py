@@ -114,6 +114,15 @@ def test_recall_of_the_exact_search_is_one(score: str) -> None:
     assert benchmark.true_top(model, trie, config, asked, 10, 1) == [None] * len(asked)
 
 
+@pytest.mark.parametrize("score", ["full", "valid"])
+def test_the_truth_can_be_scored_item_by_item(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "_SCORED_AT_ONCE", 7)
+    identifiers, (prompt, *_) = catalogue(1, items=60), prompts(1)
+    model = backbone(1, scale=3.0)
+    found = benchmark.scored_top(model, build(identifiers), SearchConfig(score=score), prompt, 10)
+    assert found.tolist() == true_order(model, prompt, identifiers, score)[:10]
+
+
 def test_recall_and_ranks() -> None:
     found = [np.array([3, 1]), np.array([], int)]
     truth = [np.array([1, 2]), np.array([5, 6])]

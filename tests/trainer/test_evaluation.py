@@ -11,13 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from recommender.errors import UserError
 from recommender.recommender import Recommendation, Recommender
 from tests.brute_force import BruteForce
 from trainer.config import ClusterConfig, EvaluationConfig
 from trainer.data.dataset import Dataset
-from trainer.evaluation import Report, compare, evaluate
+from trainer.evaluation import Report, _RankingWorker, compare, evaluate
 from trainer.ranking import HeldOut, held_out, ranks_of
 
 K = 20
@@ -71,6 +72,17 @@ def test_a_sample_of_targets_is_seeded_and_keeps_their_order(dataset: Dataset) -
     whole = held_out(dataset, "test")
     assert few.targets.tolist() == whole.targets[few.numbers].tolist()
     assert [h.tolist() for h in few.histories] == [whole.histories[n].tolist() for n in few.numbers]
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_weights_have_the_precision_that_is_asked_for(
+    tiny_bundle: Path, tiny_prepared: Path, monkeypatch: pytest.MonkeyPatch, precision: str | None
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    worker = _RankingWorker(str(tiny_bundle), str(tiny_prepared / "dataset"), "test", 8, "cpu", precision, None)
+    assert isinstance(worker._recommender, Recommender)
+    assert worker._recommender.backbone.dtype == (torch.bfloat16 if precision else torch.float32)
+    assert worker.rank(np.arange(8), 10, True, 8).invalid == 0
 
 
 @pytest.mark.parametrize("exclude_seen", [False, True])

@@ -1,0 +1,77 @@
+"""Which attention computes prompt trees: SDPA under a boolean mask, or FlexAttention, which skips blocks.
+
+FlexAttention trains on GPUs only. Where a model may use it, the mask of a call decides: a block mask goes to
+FlexAttention, all else (causal rows, searches) to SDPA as before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from recommender.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.nn.attention.flex_attention import BlockMask
+
+    from recommender.backbone import Backbone
+
+# Padded to whole blocks, shorter rows grow by more than they could skip. On paper: no GPU was at hand to measure it.
+_LONG = 512
+_DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout")  # in models' configs
+_NAME = "sdpa_or_flex"
+
+
+def choose_attention(backbone: Backbone, wanted: Literal["auto", "sdpa", "flex"]) -> None:
+    """Let a backbone, on the device that it trains on, compute tree rows with FlexAttention where that is right.
+
+    Args:
+        wanted: auto: rows of at least 512 tokens on GPUs, if the model can; flex: all rows that branch; sdpa: none.
+
+    Raises:
+        UserError: flex is wanted and cannot be had.
+    """
+    if wanted == "sdpa":
+        return
+    reason = against_flex(backbone.decoder, backbone.device.type)
+    if reason is None:
+        allow_flex(backbone, _LONG if wanted == "auto" else 0)
+    elif wanted == "flex":
+        raise UserError(f"training.attention: flex: {reason}; use auto")
+
+
+def against_flex(decoder: Any, device: str) -> str | None:
+    """Why FlexAttention cannot train a decoder on a type of device; None if it can."""
+    model = type(decoder).__name__
+    if device != "cuda":
+        return "PyTorch's FlexAttention trains on GPUs only"
+    if not (decoder._supports_flex_attn and decoder._can_set_attn_implementation()):
+        return f"{model} does not support FlexAttention"
+    if decoder.config._attn_implementation != "sdpa":  # what does not branch would be computed in another way
+        return f"{model} does not support SDPA"
+    if any(getattr(decoder.config, name, 0) for name in _DROPOUT):
+        return f"{model} drops out attention weights, which FlexAttention cannot"
+    return None
+
+
+def allow_flex(backbone: Backbone, blocks_from: int) -> None:
+    """Route block masks to FlexAttention, and have rows of at least `blocks_from` tokens come with one."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(_NAME, _by_mask)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    backbone.decoder.set_attn_implementation(_NAME)
+    backbone.blocks_from = blocks_from
+
+
+def _by_mask(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None, **rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    from torch.nn.attention.flex_attention import BlockMask
+    from transformers.integrations.flex_attention import flex_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if isinstance(attention_mask, BlockMask):
+        return flex_attention_forward(module, query, key, value, attention_mask, **rest)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)
