@@ -20,7 +20,7 @@ from recommender.items import ItemSpace
 from recommender.prefixes import Prefixes
 from recommender.recommendation import Recommendation
 from recommender.scoring import CandidateScorer
-from recommender.search import TreeSearch
+from recommender.search import HEADROOM, TreeSearch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,6 +139,19 @@ class Recommender:
         """
         pairs = zip(histories, candidates, strict=True)
         return [self._scorer.score(self._prompt(history), items).tolist() for history, items in pairs]
+
+    def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
+        """Tokens that one history takes of a batch's time and memory, counted beforehand.
+
+        Args:
+            history: as in `recommend`; its prompt.
+            candidates: those of `rank`, with all their tokens; None: what `recommend` keeps room for in the cache.
+        """
+        prompt = min(self.space.prompt.length(history), self.backbone.context)
+        if candidates is None:
+            return prompt + HEADROOM
+        offsets, items = self.space.identifiers.offsets, np.asarray(candidates)
+        return prompt + int((offsets[items + 1] - offsets[items]).sum())
 
     def _prompt(self, history: Sequence[int]) -> np.ndarray:
         """The prompt of as many of the latest items as leave room for the longest response."""

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 Filter = Sequence[Collection[int] | np.ndarray | None]  # items, for each history
 
+HEADROOM = 128  # slots of a cache row for what a search appends, before it has to grow
 _NOTHING = torch.iinfo(torch.int64).min  # the key of an empty place: below every real key
 _LOW = 0x7FFFFFFF
-_CACHE_HEADROOM = 128
 _LOGITS_AT_ONCE = 2**26  # elements of one block of logits
 _FEW = 8  # times as fast are the logits of all tokens as those of single ones, each
 
@@ -120,7 +120,7 @@ class TreeSearch:
             raise RuntimeError("dropout would falsify the scores: call model.eval() before a search")
         rows = self._open_rows(prompts, k, self._allowed(len(prompts), exclude, allow))
         answers = _Answers(rows)
-        run = prefill(self.backbone, [np.asarray(p, np.int32) for p in prompts], self.prefixes, _CACHE_HEADROOM)
+        run = prefill(self.backbone, [np.asarray(p, np.int32) for p in prompts], self.prefixes, HEADROOM)
         rows, cache, tree = rows.select(run.order), run.cache, _AppendedTree(self.backbone.device)
         self._expand_root(rows, run.hidden)
         while True:

@@ -27,6 +27,14 @@ def answer(served: Served, queries: Sequence[Query | RankQuery]) -> list[Recomme
     return [lists[place].answer() if isinstance(q, Query) else _rank(served, q) for place, q in enumerate(queries)]
 
 
+def tokens(served: Served, query: Query | RankQuery) -> int:
+    """What a query takes of a batch's budget; nothing where the fallback answers."""
+    if not query.history:
+        return 0
+    candidates = query.candidates if isinstance(query, RankQuery) else None
+    return served.recommender.tokens(query.history, candidates)
+
+
 class CappedList:
     """A list that grows, best item first, until it is full, while no value of a capped column comes too often.
 

@@ -18,7 +18,7 @@ from recommender.loading import load_recommender
 from recommender.popularity import MostPopular
 from recommender.recommendation import AnyRecommender
 from recommender.titles import TitleSearch
-from service.answering import answer
+from service.answering import answer, tokens
 from service.batching import Batcher, SearchThread
 from service.config import ServingConfig
 from service.logs import logger
@@ -50,8 +50,9 @@ class Served:
             self.popular = MostPopular(self.catalogue.popularity)
         self.batcher: Batcher[Query | RankQuery, Any] = Batcher(
             lambda queries: answer(self, queries),
+            lambda query: tokens(self, query),
             thread,
-            config.max_batch_size,
+            config.max_batch_tokens,
             config.batch_wait_seconds,
             config.max_queue,
             lambda waits, seconds: metrics.batch(name, waits, seconds),

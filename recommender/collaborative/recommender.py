@@ -145,6 +145,10 @@ class CollaborativeRecommender:
         """
         return [row[list(items)].tolist() for row, items in zip(self._scores(histories), candidates, strict=True)]
 
+    def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
+        """Items of the history that are read. Candidates take nothing: every item is scored anyway."""
+        return min(len(history), self.model.config.max_length)
+
     def _scores(self, histories: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
         """Log-probabilities [histories, items]."""
         embedded = self.model.embed([np.asarray(history, np.int64) for history in histories])

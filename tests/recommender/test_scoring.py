@@ -17,8 +17,9 @@ from recommender.catalogue import Catalogue
 from recommender.collaborative.config import SASRecConfig
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
 from recommender.columns import columns_of
-from recommender.config import SearchConfig
+from recommender.config import PromptConfig, SearchConfig
 from recommender.errors import UserError
+from recommender.items import ItemSpace
 from recommender.loading import load_recommender
 from recommender.popularity import MostPopular
 from recommender.recommender import Recommender
@@ -69,6 +70,21 @@ def test_limits_of_one_call_leave_the_recommender_as_it_is(tiny_bundle: Path) ->
     [starved] = recommender.recommend([[3]], 20, search=SearchConfig(width=1, node_budget=1))
     assert (whole.exact, starved.exact, starved.expansions) == (True, False, 1)
     assert recommender.recommend([[3]], 20)[0] == whole
+
+
+@pytest.mark.parametrize("prompt", [PromptConfig(history=8), PromptConfig(template="products", history=3)])
+def test_what_a_batch_takes_is_counted_beforehand(tiny_bundle: Path, prompt: PromptConfig) -> None:
+    loaded = Recommender.load(tiny_bundle)
+    space = loaded.space
+    space = ItemSpace(space.catalogue, space.tokenizer, space.identifiers, space.trie, space.identifier_config, prompt)
+    recommender = Recommender(space, loaded.backbone, loaded.manifest)
+    histories: list[list[int]] = [[], [3], [3, 50, 7], list(range(40))]
+    for history, answer in zip(histories, recommender.recommend(histories, 1), strict=True):
+        assert recommender.tokens(history) == answer.prompt_tokens + 128
+        spelled = len(space.identifiers.spelled(9)) + len(space.identifiers.spelled(120))
+        assert recommender.tokens(history, [9, 120]) == answer.prompt_tokens + spelled
+    loaded.backbone.context = 50
+    assert recommender.tokens(list(range(40))) == min(50, space.prompt.length(range(40))) + 128
 
 
 # ---- The golden request ----------------------------------------------------------------------------------------------

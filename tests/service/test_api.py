@@ -76,6 +76,9 @@ class StandIn:
     def rank(self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[list[float]]:
         return [[-float(abs(i - h[-1])) for i in items] for h, items in zip(histories, candidates, strict=True)]
 
+    def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
+        return 1
+
 
 @pytest.fixture
 def recommender() -> StandIn:
@@ -87,7 +90,7 @@ CONFIG: dict[str, Any] = {
     "max_history": 8,
     "max_filter": 6,
     "max_body_bytes": 2048,
-    "max_batch_size": 8,
+    "max_batch_tokens": 8,
     "max_requests": 4,
     "max_candidates": 10,
     "max_width": 50,
