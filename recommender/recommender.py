@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from recommender.backbone import Backbone, add_lora, shortened
+from recommender.bases import Bases, load_model
 from recommender.bundle import LANGUAGE_MODEL, MANIFEST, Manifest, read_manifest, write_bundle
 from recommender.catalogue import Catalogue
 from recommender.config import LoraConfig, SearchConfig
@@ -66,6 +67,7 @@ class Recommender:
         dtype: torch.dtype | None = None,
         search: SearchConfig | None = None,
         history_cache: int = 0,
+        bases: Bases | None = None,
     ) -> Recommender:
         """Open a bundle.
 
@@ -75,6 +77,7 @@ class Recommender:
             dtype: of the weights; None = as they were saved.
             search: in place of the bundle's own search settings.
             history_cache: bytes of keys and values of histories to keep.
+            bases: where to share the weights of the model, or of the one under an adapter.
 
         Raises:
             UserError: missing, damaged, of another version, or the bundle of a collaborative model.
@@ -84,7 +87,8 @@ class Recommender:
         if search is not None:
             manifest = manifest.model_copy(update={"search": search})
         space = ItemSpace.load(directory)
-        model: Any = _open(directory, manifest, dtype)
+        load = load_model if bases is None else bases.load
+        model: Any = _open(directory, manifest, lambda path, revision: load(path, revision, device, dtype))
         return cls(space, Backbone(model.to(device), space.tokenizer), manifest, history_cache)
 
     def save(self, directory: str | Path) -> None:
@@ -195,12 +199,14 @@ def _base_weights(model: Any) -> dict[str, str]:
     return {} if base is None or not (base / MANIFEST).exists() else read_manifest(base).weights
 
 
-def _open(bundle: Path, manifest: Manifest, dtype: torch.dtype | None) -> Any:
-    """The model of a bundle: plain or, over a base that lies elsewhere, with its adapter."""
-    from transformers import AutoModelForCausalLM
+def _open(bundle: Path, manifest: Manifest, load: Callable[[str, str | None], PreTrainedModel]) -> Any:
+    """The model of a bundle: plain or, over a base that lies elsewhere, with its adapter.
 
+    Args:
+        load: gives the model at a path or hub name, of a revision.
+    """
     if not (bundle / ADAPTER).exists():
-        return AutoModelForCausalLM.from_pretrained(bundle, dtype=dtype or "auto")
+        return load(str(bundle), None)
     import peft
 
     config = peft.PeftConfig.from_pretrained(str(bundle))
@@ -211,7 +217,7 @@ def _open(bundle: Path, manifest: Manifest, dtype: torch.dtype | None) -> Any:
             "or train the adapter again"
         )
     try:
-        base = AutoModelForCausalLM.from_pretrained(name, revision=config.revision, dtype=dtype or "auto")
+        base = load(name, config.revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{bundle}: its adapter belongs to the base {name}, which cannot be loaded: {shortened(error)}; put it "
@@ -220,9 +226,11 @@ def _open(bundle: Path, manifest: Manifest, dtype: torch.dtype | None) -> Any:
     return peft.PeftModel.from_pretrained(base, str(bundle))
 
 
-def _merged(bundle: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    model = _open(bundle, language_model_manifest(bundle), dtype)
-    return model.merge_and_unload() if (bundle / ADAPTER).exists() else model
+def _merged(source: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    model = _open(
+        source, language_model_manifest(source), lambda path, revision: load_model(path, revision, "cpu", dtype)
+    )
+    return model.merge_and_unload() if (source / ADAPTER).exists() else model
 
 
 def merge_adapter(bundle: str | Path, directory: str | Path) -> None:

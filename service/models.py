@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from recommender import golden
+from recommender.bases import Bases
 from recommender.catalogue import Catalogue
 from recommender.columns import columns_of
 from recommender.errors import UserError
@@ -75,6 +77,7 @@ class Models:
         self.metrics = metrics
         self.failed: str | None = None
         self._thread = SearchThread(config.threads)
+        self._bases = Bases()
         self._swapping = asyncio.Lock()
         self._served: dict[str, Served] = {}
 
@@ -106,6 +109,7 @@ class Models:
             else:
                 self._served, self.failed = loaded, None
                 self.metrics.swap(len(loaded), failed=False)
+            gc.collect()  # what is not served any more; models hold cycles, and their weights would stay for long
 
     def keep(self, reason: str) -> None:
         """Go on with what is served, because of what is wrong with that which was to come.
@@ -140,7 +144,7 @@ class Models:
             device = "cuda" if self.config.gpus_per_replica else "cpu"
             dtype = None if self.config.precision is None else getattr(torch, self.config.precision)
             cache = self.config.history_cache_bytes
-            recommender = load_recommender(path, device, dtype, self.config.search, cache)
+            recommender = load_recommender(path, device, dtype, self.config.search, cache, self._bases)
             golden.check(recommender)
             return self._around(name, recommender)
         except UserError:
