@@ -14,12 +14,12 @@ from recommender.backbone import Backbone, add_lora, shortened
 from recommender.bases import Bases, load_model
 from recommender.bundle import LANGUAGE_MODEL, MANIFEST, Manifest, read_manifest, write_bundle
 from recommender.catalogue import Catalogue
-from recommender.config import LoraConfig, SearchConfig
+from recommender.config import LoraConfig, Score, SearchConfig
 from recommender.errors import UserError
 from recommender.golden import record
 from recommender.items import ItemSpace
 from recommender.prefixes import Prefixes
-from recommender.recommendation import Recommendation
+from recommender.recommendation import Recommendation, Spelling
 from recommender.scoring import CandidateScorer
 from recommender.search import HEADROOM, TreeSearch
 
@@ -117,7 +117,7 @@ class Recommender:
             k: how many items, for all or for each.
             exclude: items that may not be recommended, for each history.
             allow: if not None, the only items that may be, for each history.
-            search: whose mode, width and node budget are kept in place of this recommender's own.
+            search: whose score, mode, width and node budget are kept in place of this recommender's own.
         """
         prompts = [self._prompt(history) for history in histories]
         tree_search = self._search if search is None else self._search.within(search)
@@ -134,15 +134,34 @@ class Recommender:
             for ranking, prompt in zip(rankings, prompts, strict=True)
         ]
 
-    def rank(self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[list[float]]:
+    def rank(
+        self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], score: Score | None = None
+    ) -> list[list[float]]:
         """The scores of given candidates, as `recommend` would give them; one forward pass a history.
 
         Args:
             histories: as in `recommend`.
             candidates: item indices, at least one for each history.
+            score: in place of this recommender's own.
         """
-        pairs = zip(histories, candidates, strict=True)
-        return [self._scorer.score(self._prompt(history), items).tolist() for history, items in pairs]
+        score, pairs = score or self.manifest.search.score, zip(histories, candidates, strict=True)
+        return [self._scorer.score(self._prompt(history), items, score).tolist() for history, items in pairs]
+
+    def spellings(self, history: Sequence[int], items: Sequence[int], score: Score | None = None) -> list[Spelling]:
+        """The tokens of each item and their log-probabilities, which add up to its score; one forward pass.
+
+        A token's text is what it decodes to by itself. Of the score `valid`, tokens that are forced have 0.
+
+        Args:
+            history, score: as in `rank`.
+            items: item indices, at least one.
+        """
+        score = score or self.manifest.search.score
+        found = self._scorer.log_probabilities(self._prompt(history), items, score)
+        texts = [
+            [str(self.space.tokenizer.decode([token])) for token in self.space.identifiers.spelled(i)] for i in items
+        ]
+        return [list(zip(text, steps.tolist(), strict=True)) for text, steps in zip(texts, found, strict=True)]
 
     def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
         """Tokens that one history takes of a batch's time and memory, counted beforehand.

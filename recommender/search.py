@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from recommender.cache import TreeCache
-from recommender.config import SearchConfig
+from recommender.config import Score, SearchConfig
 from recommender.prefill import prefill
 from recommender.prefixes import Prefixes
 from recommender.ragged import ragged
-from recommender.trie import RadixTrie
+from recommender.trie import RadixTrie, TrieTensors
 
 if TYPE_CHECKING:
     from recommender.backbone import Backbone
@@ -81,16 +81,15 @@ class TreeSearch:
         self._reads_single_logits = _FEW * int(trie.child_count.max()) < backbone.vocabulary
         self.root_children = int(trie.child_count[0])
         self.is_leaf = self.trie.child_count == 0
-        if config.score == "valid":
-            self.append_length = self.trie.chain_length
-            self.entry_count = self.trie.child_count
-            self.finished_at_sight = self.is_leaf
-        else:
-            # What follows the last token of an identifier is never asked for, so that token is not run. An expanded
-            # leaf is its own single entry: its chain has then been scored.
-            self.append_length = self.trie.chain_length - self.is_leaf.long()
-            self.entry_count = torch.where(self.is_leaf, 1, self.trie.child_count)
-            self.finished_at_sight = self.is_leaf & (self.trie.chain_length == 1)
+        self._expansions: dict[Score, _Expansion] = {}
+
+    @property
+    def expansion(self) -> _Expansion:
+        """What it is to expand each node under this search's score; made once for all searches `within` this one."""
+        score = self.config.score
+        if score not in self._expansions:
+            self._expansions[score] = _Expansion.of(self.trie, score)
+        return self._expansions[score]
 
     @torch.inference_mode()
     def search(
@@ -137,10 +136,9 @@ class TreeSearch:
         return answers.rankings()
 
     def within(self, limits: SearchConfig) -> TreeSearch:
-        """This search with the mode, width and node budget of `limits`; what it scores stays."""
-        bounds = {name: getattr(limits, name) for name in ("mode", "width", "node_budget")}
+        """This search with the score, mode, width and node budget of `limits`; the temperature stays."""
         bounded = copy(self)
-        bounded.config = self.config.model_copy(update=bounds)
+        bounded.config = limits.model_copy(update={"temperature": self.config.temperature})
         return bounded
 
     # ------------------------------------------------------------------------------------------------- the steps
@@ -213,8 +211,8 @@ class TreeSearch:
         width = min(self.config.width, rows.open_key.shape[1])
         chosen = torch.arange(width, device=take.device) < take[:, None]
         node = rows.open_node[:, :width]
-        lengths = torch.where(chosen, self.append_length[node], 0).sum(1)
-        entries = torch.where(chosen, self.entry_count[node], 0).sum(1)
+        lengths = torch.where(chosen, self.expansion.length[node], 0).sum(1)
+        entries = torch.where(chosen, self.expansion.entries[node], 0).sum(1)
         summary = [take.sum(), (take > 0).sum(), live_count.max()]
         summary += [lengths.sum(), lengths.max(), entries.sum(), entries.max()]
         nodes, rows_alive, most_live, tokens, longest, total, widest = torch.stack(summary).tolist()
@@ -226,7 +224,7 @@ class TreeSearch:
     def _expand(self, rows: _Rows, step: _Step, cache: TreeCache, tree: _AppendedTree) -> None:
         """Append the chains of the chosen nodes and score what follows them."""
         nodes, parent = rows.pop(step, tree)
-        length, start = self.append_length[nodes.node], self.trie.chain_start[nodes.node]
+        length, start = self.expansion.length[nodes.node], self.trie.chain_start[nodes.node]
         above = self.trie.depth[self.trie.parent[nodes.node]]
         owner, place = ragged(length, step.tokens)
         row = nodes.row[owner]
@@ -252,7 +250,7 @@ class TreeSearch:
         self, rows: _Rows, nodes: _Nodes, sizes: _Sizes, hidden: torch.Tensor, chains: _Chains | None = None
     ) -> None:
         """Score the children of the nodes and put them among the finished items or the open nodes of their rows."""
-        counts = self.entry_count[nodes.node]
+        counts = self.expansion.entries[nodes.node]
         owner, place = ragged(counts, sizes.entries)
         of_leaf = self.is_leaf[nodes.node][owner]
         entry = torch.where(of_leaf, nodes.node[owner], self.trie.first_child[nodes.node][owner] + place)
@@ -278,7 +276,7 @@ class TreeSearch:
         if rows.allowed is not None:
             below = rows.allowed.within(rows.index[row], self.trie.lo[entry], self.trie.hi[entry])
             key = torch.where(below > 0, key, _NOTHING)
-        is_finished = of_leaf | self.finished_at_sight[entry]
+        is_finished = of_leaf | self.expansion.finished_at_sight[entry]
         limit = self.config.node_budget if self.config.mode == "exact" else self.config.width
         rows.add(row, key, entry, nodes.expansion[owner], is_finished, sizes.widest, limit)
 
@@ -308,6 +306,28 @@ class TreeSearch:
 
 
 # ------------------------------------------------------------------------------------------------ what a search holds
+
+
+@dataclass(frozen=True)
+class _Expansion:
+    """What it is to expand a node under one of the scores: [nodes] each."""
+
+    length: torch.Tensor  # tokens to append
+    entries: torch.Tensor  # that come of it: its children or, of a leaf, itself
+    finished_at_sight: torch.Tensor  # whether an entry has its whole score as soon as it is seen
+
+    @classmethod
+    def of(cls, trie: TrieTensors, score: Score) -> _Expansion:
+        is_leaf = trie.child_count == 0
+        if score == "valid":
+            return cls(trie.chain_length, trie.child_count, is_leaf)
+        # What follows the last token of an identifier is never asked for, so that token is not run. An expanded leaf is
+        # its own single entry: its chain has then been scored.
+        return cls(
+            trie.chain_length - is_leaf.long(),
+            torch.where(is_leaf, 1, trie.child_count),
+            is_leaf & (trie.chain_length == 1),
+        )
 
 
 @dataclass

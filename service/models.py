@@ -7,7 +7,6 @@ import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,7 +17,7 @@ from recommender.columns import columns_of
 from recommender.errors import UserError
 from recommender.loading import load_recommender
 from recommender.popularity import MostPopular
-from recommender.recommendation import AnyRecommender
+from recommender.recommendation import AnyRecommender, Recommendation
 from recommender.titles import TitleSearch
 from service.answering import answer, tokens
 from service.batching import Batcher, SearchThread
@@ -50,7 +49,7 @@ class Served:
         self.popular = None
         if config.fallback == "popular" and self.catalogue.popularity is not None:
             self.popular = MostPopular(self.catalogue.popularity)
-        self.batcher: Batcher[Query | RankQuery, Any] = Batcher(
+        self.batcher: Batcher[Query | RankQuery, Recommendation] = Batcher(
             lambda queries: answer(self, queries),
             lambda query: tokens(self, query),
             thread,

@@ -17,7 +17,7 @@ from recommender.catalogue import Catalogue
 from recommender.collaborative.config import SASRecConfig
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
 from recommender.columns import columns_of
-from recommender.config import PromptConfig, SearchConfig
+from recommender.config import PromptConfig, Score, SearchConfig
 from recommender.errors import UserError
 from recommender.items import ItemSpace
 from recommender.loading import load_recommender
@@ -52,6 +52,30 @@ def test_ranking_every_item_gives_the_scores_of_the_search(
         np.testing.assert_allclose(np.array(scores)[found.items], found.scores, atol=1e-4)
 
 
+def test_both_scores_are_at_hand_and_tokens_add_up_to_them(tiny_bundle: Path) -> None:
+    own = Recommender.load(tiny_bundle)
+    scores: list[Score] = ["valid", "full", "valid"]
+    for score in scores:
+        search = SearchConfig(score=score, node_budget=1000)
+        by_itself = Recommender.load(tiny_bundle, search=search)
+        [expected] = by_itself.recommend([[3, 50]], 7)
+        assert own.recommend([[3, 50]], 7, search=search) == [expected]
+        candidates = [expected.items[4], 120, 120, 3]
+        assert own.rank([[3, 50]], [candidates], score) == by_itself.rank([[3, 50]], [candidates])
+        for item, spelling, total in zip(
+            candidates,
+            own.spellings([3, 50], candidates, score),
+            own.rank([[3, 50]], [candidates], score)[0],
+            strict=True,
+        ):
+            assert "".join(text for text, _ in spelling) == f" {own.catalogue.titles[item]}</s>"
+            assert sum(value for _, value in spelling) == pytest.approx(total, abs=1e-4)
+            assert all(value <= 0 for _, value in spelling)
+            forced = own.space.trie.prediction_nodes()[slice(*own.space.identifiers.offsets[item : item + 2])] < 0
+            assert score == "full" or all(value == 0 for (_, value), no in zip(spelling, forced, strict=True) if no)
+        assert own.spellings([3, 50], candidates) == own.spellings([3, 50], candidates, "valid")
+
+
 def test_the_score_of_a_candidate_does_not_depend_on_the_others(tiny_bundle: Path) -> None:
     recommender = Recommender.load(tiny_bundle)
     together, alone, again = recommender.rank([[3, 50]] * 3, [[9, 4, 9, 120], [120], [4, 9]])
@@ -60,7 +84,8 @@ def test_the_score_of_a_candidate_does_not_depend_on_the_others(tiny_bundle: Pat
 
 def test_collaborative_models_rank_candidates_too(collaborative: CollaborativeRecommender) -> None:
     [found] = collaborative.recommend([[3, 5]], 30)
-    [scores] = collaborative.rank([[3, 5]], [list(range(30))])
+    [scores] = collaborative.rank([[3, 5]], [list(range(30))], "full")
+    assert collaborative.spellings([3, 5], [1, 2]) is None
     np.testing.assert_allclose(np.array(scores)[found.items], found.scores, atol=1e-6)
 
 

@@ -390,6 +390,11 @@ def test_generated_bodies(endpoint: Endpoint, path: str) -> None:
         statuses.append(answer.status)
         if answer.status == 200:
             parsed = ANSWERS[path].model_validate_json(answer.body)
+            if isinstance(parsed, schema.RankResponse):
+                for item in (each for each in parsed.items if each.tokens is not None):
+                    assert body["log_probabilities"]
+                    assert not parsed.fallback
+                    assert abs(sum(token.log_probability for token in item.tokens or []) - item.score) < 1e-3
             if isinstance(parsed, schema.RecommendationResponse):
                 items = [item.item_id for item in parsed.items]
                 assert len(items) == len(set(items)) <= body.get("k", 10)
