@@ -125,10 +125,13 @@ class PretrainedBackbone(StrictModel):
 BackboneConfig = Annotated[PresetBackbone | PretrainedBackbone, Field(discriminator="kind")]
 
 
+Score = Literal["valid", "full"]
+
+
 class SearchConfig(StrictModel):
     """How the top-K is found in the trie."""
 
-    score: Literal["valid", "full"] = Field(
+    score: Score = Field(
         "valid",
         description="valid: each step normalised over the valid tokens; full: over the whole vocabulary, as "
         "`generate` ranks.",

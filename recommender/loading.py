@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from recommender.bases import Bases
 from recommender.bundle import LANGUAGE_MODEL, read_manifest
 from recommender.collaborative.recommender import CollaborativeRecommender
 from recommender.config import SearchConfig
@@ -19,6 +20,7 @@ def load_recommender(
     dtype: torch.dtype | None = None,
     search: SearchConfig | None = None,
     history_cache: int = 0,
+    bases: Bases | None = None,
 ) -> AnyRecommender:
     """Open a bundle as the recommender that its manifest names.
 
@@ -28,11 +30,12 @@ def load_recommender(
         dtype: of a language model's weights; None = as they were saved.
         search: in place of a language model's own search settings. A collaborative model scores every item.
         history_cache: bytes of keys and values of histories that a language model keeps.
+        bases: where a language model shares the weights that others have as well.
 
     Raises:
         UserError: missing, damaged or of another version.
     """
     directory = Path(bundle).expanduser()
     if read_manifest(directory).kind == LANGUAGE_MODEL:
-        return Recommender.load(directory, device, dtype, search, history_cache)
+        return Recommender.load(directory, device, dtype, search, history_cache, bases)
     return CollaborativeRecommender.load(directory, device)

@@ -59,6 +59,12 @@ class Prompt:
             pieces.append(np.concatenate([self.separator, self.identifiers.spelled(item)[:-1]]))
         return np.concatenate(pieces), np.cumsum([len(piece) for piece in pieces])
 
+    def length(self, history: Sequence[int] | np.ndarray) -> int:
+        """How many tokens `encode` gives, without spelling them."""
+        read = np.asarray(history[-self.config.history :], np.int64)
+        spelled = int((self.identifiers.offsets[read + 1] - self.identifiers.offsets[read]).sum())
+        return len(self.prefix) + spelled + len(read) * (len(self.separator) - 1) + len(self.suffix)
+
     def encode(self, history: Sequence[int] | np.ndarray) -> np.ndarray:
         """Tokens of the prompt for the last `config.history` items of `history` (item indices): int32 [t]."""
         return np.concatenate([self.trunk(history[-self.config.history :])[0], self.suffix])

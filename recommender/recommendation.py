@@ -11,7 +11,9 @@ import torch
 
 from recommender.bundle import Manifest
 from recommender.catalogue import Catalogue
-from recommender.config import SearchConfig
+from recommender.config import Score, SearchConfig
+
+Spelling = list[tuple[str, float]]  # of an item: the text of each of its tokens, and its log-probability
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Recommendation:
         exact: whether this is proven to be the true top-K of the allowed items.
         expansions: trie nodes that the search expanded; 0 for a model that scores every item.
         prompt_tokens: tokens of the prompt that was run; 0 for a model that reads none.
+        spellings: of the items, in the same order, where they were asked for.
     """
 
     items: list[int]
@@ -31,6 +34,7 @@ class Recommendation:
     exact: bool
     expansions: int
     prompt_tokens: int = 0
+    spellings: list[Spelling] | None = None
 
 
 class AnyRecommender(Protocol):
@@ -54,16 +58,40 @@ class AnyRecommender(Protocol):
             k: how many items, for all or for each.
             exclude: items that may not be recommended, for each history.
             allow: if not None, the only items that may be, for each history.
-            search: whose mode, width and node budget are kept in place of the recommender's own, where it searches.
+            search: whose score, mode, width and node budget are kept in place of the recommender's own, where it
+                searches.
         """
         ...
 
-    def rank(self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[list[float]]:
+    def rank(
+        self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], score: Score | None = None
+    ) -> list[list[float]]:
         """The scores of given candidates, as `recommend` would give them: one list for each history.
 
         Args:
             histories: item indices, oldest first.
             candidates: item indices, at least one for each history.
+            score: in place of the recommender's own, where it has two.
+        """
+        ...
+
+    def spellings(
+        self, history: Sequence[int], items: Sequence[int], score: Score | None = None
+    ) -> list[Spelling] | None:
+        """What adds up to the items' scores; None from a model that does not spell items.
+
+        Args:
+            history, score: as in `rank`.
+            items: item indices, at least one.
+        """
+        ...
+
+    def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
+        """What one history takes in a batch, counted beforehand; it may be called while another thread computes.
+
+        Args:
+            history: item indices, oldest first.
+            candidates: to be ranked; None: items are to be recommended.
         """
         ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,16 +11,17 @@ import numpy as np
 import torch
 
 from recommender.backbone import Backbone, add_lora, shortened
+from recommender.bases import Bases, load_model
 from recommender.bundle import LANGUAGE_MODEL, MANIFEST, Manifest, read_manifest, write_bundle
 from recommender.catalogue import Catalogue
-from recommender.config import LoraConfig, SearchConfig
+from recommender.config import LoraConfig, Score, SearchConfig
 from recommender.errors import UserError
 from recommender.golden import record
 from recommender.items import ItemSpace
 from recommender.prefixes import Prefixes
-from recommender.recommendation import Recommendation
+from recommender.recommendation import Recommendation, Spelling
 from recommender.scoring import CandidateScorer
-from recommender.search import TreeSearch
+from recommender.search import HEADROOM, TreeSearch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,6 +67,7 @@ class Recommender:
         dtype: torch.dtype | None = None,
         search: SearchConfig | None = None,
         history_cache: int = 0,
+        bases: Bases | None = None,
     ) -> Recommender:
         """Open a bundle.
 
@@ -75,6 +77,7 @@ class Recommender:
             dtype: of the weights; None = as they were saved.
             search: in place of the bundle's own search settings.
             history_cache: bytes of keys and values of histories to keep.
+            bases: where to share the weights of the model, or of the one under an adapter.
 
         Raises:
             UserError: missing, damaged, of another version, or the bundle of a collaborative model.
@@ -84,7 +87,8 @@ class Recommender:
         if search is not None:
             manifest = manifest.model_copy(update={"search": search})
         space = ItemSpace.load(directory)
-        model: Any = _open(directory, manifest, dtype)
+        load = load_model if bases is None else bases.load
+        model: Any = _open(directory, manifest, lambda path, revision: load(path, revision, device, dtype))
         return cls(space, Backbone(model.to(device), space.tokenizer), manifest, history_cache)
 
     def save(self, directory: str | Path) -> None:
@@ -113,7 +117,7 @@ class Recommender:
             k: how many items, for all or for each.
             exclude: items that may not be recommended, for each history.
             allow: if not None, the only items that may be, for each history.
-            search: whose mode, width and node budget are kept in place of this recommender's own.
+            search: whose score, mode, width and node budget are kept in place of this recommender's own.
         """
         prompts = [self._prompt(history) for history in histories]
         tree_search = self._search if search is None else self._search.within(search)
@@ -130,15 +134,47 @@ class Recommender:
             for ranking, prompt in zip(rankings, prompts, strict=True)
         ]
 
-    def rank(self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[list[float]]:
+    def rank(
+        self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], score: Score | None = None
+    ) -> list[list[float]]:
         """The scores of given candidates, as `recommend` would give them; one forward pass a history.
 
         Args:
             histories: as in `recommend`.
             candidates: item indices, at least one for each history.
+            score: in place of this recommender's own.
         """
-        pairs = zip(histories, candidates, strict=True)
-        return [self._scorer.score(self._prompt(history), items).tolist() for history, items in pairs]
+        score, pairs = score or self.manifest.search.score, zip(histories, candidates, strict=True)
+        return [self._scorer.score(self._prompt(history), items, score).tolist() for history, items in pairs]
+
+    def spellings(self, history: Sequence[int], items: Sequence[int], score: Score | None = None) -> list[Spelling]:
+        """The tokens of each item and their log-probabilities, which add up to its score; one forward pass.
+
+        A token's text is what it decodes to by itself. Of the score `valid`, tokens that are forced have 0.
+
+        Args:
+            history, score: as in `rank`.
+            items: item indices, at least one.
+        """
+        score = score or self.manifest.search.score
+        found = self._scorer.log_probabilities(self._prompt(history), items, score)
+        texts = [
+            [str(self.space.tokenizer.decode([token])) for token in self.space.identifiers.spelled(i)] for i in items
+        ]
+        return [list(zip(text, steps.tolist(), strict=True)) for text, steps in zip(texts, found, strict=True)]
+
+    def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
+        """Tokens that one history takes of a batch's time and memory, counted beforehand.
+
+        Args:
+            history: as in `recommend`; its prompt.
+            candidates: those of `rank`, with all their tokens; None: what `recommend` keeps room for in the cache.
+        """
+        prompt = min(self.space.prompt.length(history), self.backbone.context)
+        if candidates is None:
+            return prompt + HEADROOM
+        offsets, items = self.space.identifiers.offsets, np.asarray(candidates)
+        return prompt + int((offsets[items + 1] - offsets[items]).sum())
 
     def _prompt(self, history: Sequence[int]) -> np.ndarray:
         """The prompt of as many of the latest items as leave room for the longest response."""
@@ -182,12 +218,14 @@ def _base_weights(model: Any) -> dict[str, str]:
     return {} if base is None or not (base / MANIFEST).exists() else read_manifest(base).weights
 
 
-def _open(bundle: Path, manifest: Manifest, dtype: torch.dtype | None) -> Any:
-    """The model of a bundle: plain or, over a base that lies elsewhere, with its adapter."""
-    from transformers import AutoModelForCausalLM
+def _open(bundle: Path, manifest: Manifest, load: Callable[[str, str | None], PreTrainedModel]) -> Any:
+    """The model of a bundle: plain or, over a base that lies elsewhere, with its adapter.
 
+    Args:
+        load: gives the model at a path or hub name, of a revision.
+    """
     if not (bundle / ADAPTER).exists():
-        return AutoModelForCausalLM.from_pretrained(bundle, dtype=dtype or "auto")
+        return load(str(bundle), None)
     import peft
 
     config = peft.PeftConfig.from_pretrained(str(bundle))
@@ -198,7 +236,7 @@ def _open(bundle: Path, manifest: Manifest, dtype: torch.dtype | None) -> Any:
             "or train the adapter again"
         )
     try:
-        base = AutoModelForCausalLM.from_pretrained(name, revision=config.revision, dtype=dtype or "auto")
+        base = load(name, config.revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{bundle}: its adapter belongs to the base {name}, which cannot be loaded: {shortened(error)}; put it "
@@ -207,9 +245,11 @@ def _open(bundle: Path, manifest: Manifest, dtype: torch.dtype | None) -> Any:
     return peft.PeftModel.from_pretrained(base, str(bundle))
 
 
-def _merged(bundle: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    model = _open(bundle, language_model_manifest(bundle), dtype)
-    return model.merge_and_unload() if (bundle / ADAPTER).exists() else model
+def _merged(source: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    model = _open(
+        source, language_model_manifest(source), lambda path, revision: load_model(path, revision, "cpu", dtype)
+    )
+    return model.merge_and_unload() if (source / ADAPTER).exists() else model
 
 
 def merge_adapter(bundle: str | Path, directory: str | Path) -> None:

@@ -17,15 +17,16 @@ from recommender.search import log_softmax_within
 from recommender.tree import Batch, Sample, build_row, collate
 
 if TYPE_CHECKING:
+    from recommender.config import Score
     from recommender.search import TreeSearch
     from recommender.trie import RadixTrie
 
 
 class CandidateScorer:
-    """The search's score of single items, without the search.
+    """The search's scores of single items, without the search.
 
     Args:
-        search: gives backbone, score and temperature.
+        search: gives backbone and temperature.
         trie: the one that is searched, on the CPU.
     """
 
@@ -35,26 +36,47 @@ class CandidateScorer:
         self._tokens, self._offsets = trie.identifiers()
         self._nodes = trie.prediction_nodes()
 
-    @torch.inference_mode()
-    def score(self, prompt: np.ndarray, candidates: Sequence[int]) -> np.ndarray:
+    def score(self, prompt: np.ndarray, candidates: Sequence[int], score: Score) -> np.ndarray:
         """The scores of `candidates` after `prompt`, from one forward pass: float32, in the candidates' order.
 
         Args:
             prompt: int32 [t].
             candidates: item indices, at least one; repeated ones are computed once.
+            score: of the two, which.
+        """
+        steps, sample, place = self._steps(prompt, candidates, score)
+        return np.bincount(sample, steps).astype(np.float32)[place]
+
+    def log_probabilities(self, prompt: np.ndarray, candidates: Sequence[int], score: Score) -> list[np.ndarray]:
+        """What adds up to the score of each candidate: the log-probabilities of its tokens, float32 [t].
+
+        Args:
+            prompt, candidates, score: as in `score`.
+        """
+        steps, sample, place = self._steps(prompt, candidates, score)
+        spelled = np.split(steps[np.argsort(sample, kind="stable")], np.bincount(sample).cumsum()[:-1])
+        lengths = self._offsets[1:] - self._offsets[:-1]
+        found = zip(candidates, [spelled[each] for each in place], strict=True)
+        return [np.pad(known, (0, lengths[item] - len(known))) for item, known in found]  # what is forced adds 0
+
+    @torch.inference_mode()
+    def _steps(
+        self, prompt: np.ndarray, candidates: Sequence[int], score: Score
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The log-probability of each token that may add to a score, float32 [E]; whose it is, int64 [E]; and where the
+        candidates are among those, int64 [C]. An item's tokens come in order.
         """
         items, place = np.unique(np.asarray(candidates), return_inverse=True)
         backbone, device = self._search.backbone, self._search.backbone.device
-        batch = collate([build_row([self._sample(prompt, item) for item in items])], backbone.padding).to(device)
+        samples = [self._sample(prompt, item, score) for item in items]
+        batch = collate([build_row(samples)], backbone.padding).to(device)
         kept, hidden = self._hidden(prompt, batch)
         source, predictor = torch.unique(batch.source - kept, return_inverse=True)
-        steps = self._valid if self._search.config.score == "valid" else self._full
-        scores = torch.zeros(len(items), device=device, dtype=torch.float64)
-        scores.index_add_(0, batch.sample, steps(hidden[source], predictor, batch.target, batch.nodes).double())
-        found = scores.float().cpu().numpy()
+        steps = self._valid if score == "valid" else self._full
+        found = steps(hidden[source], predictor, batch.target, batch.nodes).float().cpu().numpy()
         if np.isnan(found).any():
             raise FloatingPointError("the backbone returned NaN logits")
-        return found[place]
+        return found, batch.sample.cpu().numpy(), place
 
     def _hidden(self, prompt: np.ndarray, batch: Batch) -> tuple[int, torch.Tensor]:
         """How many of the row's first tokens are kept, and the hidden states [L', D] of the others."""
@@ -71,10 +93,10 @@ class CandidateScorer:
         prefixes.keep([prompt], cache)
         return kept, hidden[0]
 
-    def _sample(self, prompt: np.ndarray, item: int) -> Sample:
+    def _sample(self, prompt: np.ndarray, item: int, score: Score) -> Sample:
         """A candidate's branch. What is forced after its last choice adds 0 to the `valid` score and is left out."""
         begin, end = self._offsets[item], self._offsets[item + 1]
-        if self._search.config.score == "valid":
+        if score == "valid":
             choices = np.flatnonzero(self._nodes[begin:end] >= 0)
             end = begin + (choices[-1] + 1 if len(choices) else 1)
         return Sample(prompt, self._tokens[begin:end], self._nodes[begin:end])

@@ -30,11 +30,11 @@ import numpy as np
 import torch
 
 from recommender.cache import TreeCache
-from recommender.config import SearchConfig
+from recommender.config import Score, SearchConfig
 from recommender.prefill import prefill
 from recommender.prefixes import Prefixes
 from recommender.ragged import ragged
-from recommender.trie import RadixTrie
+from recommender.trie import Below, RadixTrie, TrieTensors
 
 if TYPE_CHECKING:
     from recommender.backbone import Backbone
@@ -43,9 +43,9 @@ Filter = Sequence[Collection[int] | np.ndarray | None]  # items, for each histor
 
 _State = TypeVar("_State", "_Rows", "_Step")
 
+HEADROOM = 128  # slots of a cache row for what a search appends, before it has to grow
 _NOTHING = torch.iinfo(torch.int64).min  # the key of an empty place: below every real key
 _LOW = 0x7FFFFFFF
-_CACHE_HEADROOM = 128
 _FURTHER = 32  # nodes, the largest below an open one, that compete with the open ones
 _LOGITS_AT_ONCE = 2**26  # elements of one block of logits
 _FEW = 8  # times as fast are the logits of all tokens as those of single ones, each
@@ -88,18 +88,16 @@ class TreeSearch:
         self._reads_single_logits = _FEW * int(trie.child_count[1:].max()) < backbone.vocabulary
         self.root_children = int(trie.child_count[0])
         self.is_leaf = self.trie.child_count == 0
-        if config.score == "valid":
-            self.append_length = self.trie.chain_length
-            self.entry_count = self.trie.child_count
-            self.finished_at_sight = self.is_leaf
-        else:
-            # What follows the last token of an identifier is never asked for, so that token is not run. An expanded
-            # leaf is its own single entry: its chain has then been scored.
-            self.append_length = self.trie.chain_length - self.is_leaf.long()
-            self.entry_count = torch.where(self.is_leaf, 1, self.trie.child_count)
-            self.finished_at_sight = self.is_leaf & (self.trie.chain_length == 1)
-        self.below = trie.below(~self.finished_at_sight.cpu().numpy()).to(backbone.device)
-        self._sizes = torch.stack([self.append_length, self.entry_count], 1)
+        self._radix = trie
+        self._expansions: dict[Score, _Expansion] = {}
+
+    @property
+    def expansion(self) -> _Expansion:
+        """What it is to expand each node under this search's score; made once for all searches `within` this one."""
+        score = self.config.score
+        if score not in self._expansions:
+            self._expansions[score] = _Expansion.of(self._radix, self.trie, score)
+        return self._expansions[score]
 
     @torch.inference_mode()
     def search(
@@ -129,7 +127,7 @@ class TreeSearch:
             raise RuntimeError("dropout would falsify the scores: call model.eval() before a search")
         rows = self._open_rows(prompts, k, self._allowed(len(prompts), exclude, allow))
         answers = _Answers(rows)
-        run = prefill(self.backbone, [np.asarray(p, np.int32) for p in prompts], self.prefixes, _CACHE_HEADROOM)
+        run = prefill(self.backbone, [np.asarray(p, np.int32) for p in prompts], self.prefixes, HEADROOM)
         rows, cache, tree = _selected(rows, run.order), run.cache, _AppendedTree(self.backbone.device)
         self._expand_root(rows, run.hidden)
         while True:
@@ -146,10 +144,9 @@ class TreeSearch:
         return answers.rankings()
 
     def within(self, limits: SearchConfig) -> TreeSearch:
-        """This search with the mode, width and node budget of `limits`; what it scores stays."""
-        bounds = {name: getattr(limits, name) for name in ("mode", "width", "node_budget")}
+        """This search with the score, mode, width and node budget of `limits`; the temperature stays."""
         bounded = copy(self)
-        bounded.config = self.config.model_copy(update=bounds)
+        bounded.config = limits.model_copy(update={"temperature": self.config.temperature})
         return bounded
 
     # ------------------------------------------------------------------------------------------------- the steps
@@ -220,17 +217,17 @@ class TreeSearch:
 
         A node that is not open has the open one above it chosen as well, and all between: it has fewer leaves.
         """
-        width, bar = self.config.width, rows.last_wanted()
+        width, bar, below = self.config.width, rows.last_wanted(), self.expansion.below
         live = rows.open_key > bar[:, None]
         live_count = live.sum(1)
         above, live = rows.open_node[:, :width], live[:, :width, None]
         place = torch.arange(min(width, _FURTHER) if self.config.mode == "exact" else 1, device=above.device)
-        at = (self.below.start[above][..., None] + place).clamp(max=len(self.below.node) - 1)
+        at = (below.start[above][..., None] + place).clamp(max=len(below.node) - 1)
         score, bar_score = _decode(rows.open_key[:, :width])[0], _decode(bar)[0]
-        estimate = score[..., None] + self.below.log_share[at]
-        is_further = (place < self.below.count[above][..., None]) & ~(estimate <= bar_score[:, None, None])
+        estimate = score[..., None] + below.log_share[at]
+        is_further = (place < below.count[above][..., None]) & ~(estimate <= bar_score[:, None, None])
         if rows.allowed is not None:
-            node = self.below.node[at]
+            node = below.node[at]
             row = rows.index[:, None, None].expand_as(node)
             is_further &= rows.allowed.within(row, self.trie.lo[node], self.trie.hi[node]) > 0
         is_candidate = ((place == 0) | is_further) & live
@@ -242,8 +239,8 @@ class TreeSearch:
             take = torch.minimum(take, self.config.node_budget - rows.expansions)
         chosen = torch.arange(order.shape[1], device=take.device) < take[:, None]
         at = at.flatten(1).gather(1, order)
-        node, levels = self.below.node[at].long(), torch.where(chosen, self.below.levels[at], 0)
-        of_rows = torch.where(chosen[..., None], self._sizes[node], 0).sum(1)
+        node, levels = below.node[at].long(), torch.where(chosen, below.levels[at], 0)
+        of_rows = torch.where(chosen[..., None], self.expansion.sizes[node], 0).sum(1)
         summary = [of_rows.sum(0), of_rows.amax(0)]
         summary += [each[None] for each in (take.sum(), (take > 0).sum(), live_count.max(), levels.max())]
         tokens, entries, longest, widest, nodes, rows_alive, most_live, deepest = torch.cat(summary).tolist()
@@ -256,7 +253,7 @@ class TreeSearch:
     def _expand(self, rows: _Rows, step: _Step, cache: TreeCache, tree: _AppendedTree) -> None:
         """Append the chains of the chosen nodes and score what follows them."""
         nodes = self._pop(rows, step, tree)
-        length, start = self.append_length[nodes.node], self.trie.chain_start[nodes.node]
+        length, start = self.expansion.sizes[nodes.node, 0], self.trie.chain_start[nodes.node]
         above = self.trie.depth[self.trie.parent[nodes.node]]
         owner, place = ragged(length, step.tokens)
         row = nodes.row[owner]
@@ -310,7 +307,7 @@ class TreeSearch:
 
         `logits` are the children's, before the temperature, where they are known.
         """
-        counts = self.entry_count[nodes.node]
+        counts = self.expansion.sizes[nodes.node, 1]
         owner, place = ragged(counts, sizes.entries)
         of_leaf = self.is_leaf[nodes.node][owner]
         entry = torch.where(of_leaf, nodes.node[owner], self.trie.first_child[nodes.node][owner] + place)
@@ -350,7 +347,7 @@ class TreeSearch:
         if rows.allowed is not None:
             below = rows.allowed.within(rows.index[row], self.trie.lo[entry], self.trie.hi[entry])
             key = torch.where(below > 0, key, _NOTHING)
-        is_finished = of_leaf | self.finished_at_sight[entry]
+        is_finished = of_leaf | self.expansion.finished_at_sight[entry]
         limit = self.config.node_budget if self.config.mode == "exact" else self.config.width
         rows.add(row, key, entry, nodes.expansion[owner], is_finished, sizes.widest, limit)
 
@@ -380,6 +377,29 @@ class TreeSearch:
 
 
 # ------------------------------------------------------------------------------------------------ what a search holds
+
+
+@dataclass(frozen=True)
+class _Expansion:
+    """What it is to expand a node under one of the scores."""
+
+    sizes: torch.Tensor  # [nodes, 2], tokens to append, and entries that come of it: the children or, of a leaf, itself
+    finished_at_sight: torch.Tensor  # [nodes], whether an entry has its whole score as soon as it is seen
+    below: Below  # the nodes that may be expanded
+
+    @classmethod
+    def of(cls, radix: RadixTrie, trie: TrieTensors, score: Score) -> _Expansion:
+        is_leaf = trie.child_count == 0
+        if score == "valid":
+            length, entries, finished = trie.chain_length, trie.child_count, is_leaf
+        else:
+            # What follows the last token of an identifier is never asked for, so that token is not run. An expanded
+            # leaf is its own single entry: its chain has then been scored.
+            length = trie.chain_length - is_leaf.long()
+            entries = torch.where(is_leaf, 1, trie.child_count)
+            finished = is_leaf & (trie.chain_length == 1)
+        below = radix.below(~finished.cpu().numpy()).to(finished.device)
+        return cls(torch.stack([length, entries], 1), finished, below)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,15 +17,27 @@ if TYPE_CHECKING:
     from service.models import Served
 
 
-def answer(served: Served, queries: Sequence[Query | RankQuery]) -> list[Recommendation | list[float]]:
-    """Answer queries: a Query with a Recommendation, a RankQuery with its candidates' scores."""
+def answer(served: Served, queries: Sequence[Query | RankQuery]) -> list[Recommendation]:
+    """The lists that are asked for."""
     lists = {place: CappedList(served, q) for place, q in enumerate(queries) if isinstance(q, Query)}
     unfinished = list(lists.values())
     while unfinished:
         for each, found in zip(unfinished, _recommend(served, unfinished), strict=True):
             each.add(found)
         unfinished = [each for each in unfinished if not each.complete and each.budget > 0]
-    return [lists[place].answer() if isinstance(q, Query) else _rank(served, q) for place, q in enumerate(queries)]
+    answers = [lists[place].answer() if isinstance(q, Query) else _rank(served, q) for place, q in enumerate(queries)]
+    return [
+        _spelled(served, query, each) if query.spelled else each for query, each in zip(queries, answers, strict=True)
+    ]
+
+
+def tokens(served: Served, query: Query | RankQuery) -> int:
+    """What a query takes of a batch's budget; nothing where the fallback answers."""
+    if not query.history:
+        return 0
+    candidates = query.candidates if isinstance(query, RankQuery) else None
+    forwards = 2 if query.spelled else 1
+    return forwards * served.recommender.tokens(query.history, candidates)
 
 
 class CappedList:
@@ -111,8 +124,19 @@ def _recommend(served: Served, lists: Sequence[CappedList]) -> list[Recommendati
     return [found[id(each)] for each in lists]
 
 
-def _rank(served: Served, query: RankQuery) -> list[float]:
+def _rank(served: Served, query: RankQuery) -> Recommendation:
+    """The candidates, each once; equal scores in the catalogue's order."""
     if query.history:
-        return served.recommender.rank([query.history], [query.candidates])[0]
-    assert served.popular is not None
-    return served.popular.rank(query.candidates)
+        [scores] = served.recommender.rank([query.history], [query.candidates], query.score)
+    else:
+        assert served.popular is not None
+        scores = served.popular.rank(query.candidates)
+    best = sorted(set(zip([-score for score in scores], query.candidates, strict=True)))
+    return Recommendation([item for _, item in best], [-score for score, _ in best], exact=True, expansions=0)
+
+
+def _spelled(served: Served, query: Query | RankQuery, found: Recommendation) -> Recommendation:
+    """With its items' spellings, where a model that has such answered."""
+    if not query.history or not found.items:
+        return found
+    return replace(found, spellings=served.recommender.spellings(query.history, found.items, query.score))

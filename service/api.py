@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from recommender.columns import values_of
 from recommender.errors import UserError
+from recommender.recommendation import Recommendation
 from service import docs, playground, problems, queries, schema
 from service.auth import Bearer, read_tokens
 from service.batching import Busy
@@ -75,6 +76,7 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
         "/v1/recommendations",
         summary="Recommend the next items for one history",
         responses=refusals,
+        response_model_exclude_none=True,
         openapi_extra=_body(requests.recommend),
     )
     async def recommend(request: Request) -> schema.RecommendationResponse:
@@ -85,6 +87,7 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
         "/v1/recommendations/batch",
         summary="Recommend the next items for several histories",
         responses=refusals,
+        response_model_exclude_none=True,
         openapi_extra=_body(requests.batch),
     )
     async def recommend_batch(request: Request) -> schema.BatchResponse:
@@ -96,6 +99,7 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
         "/v1/rank",
         summary="Order given items for one history",
         responses=refusals,
+        response_model_exclude_none=True,
         openapi_extra=_body(requests.rank),
     )
     async def rank(request: Request) -> schema.RankResponse:
@@ -185,7 +189,7 @@ class _Asking:
             fallback = not query.history
             self.metrics.list(served.name, each, fallback)
             answer = schema.RecommendationResponse(
-                items=_ranked(served, each.items, each.scores),
+                items=_ranked(served, each),
                 exact=each.exact,
                 complete=len(each.items) == query.k,
                 fallback=fallback,
@@ -200,29 +204,30 @@ class _Asking:
         return answers
 
     async def ranking(self, request: Request, asked: schema.RankRequest) -> schema.RankResponse:
-        """The candidates of a request, ordered; equal scores in the catalogue's order."""
+        """The candidates of a request, ordered."""
         started = time.perf_counter()
         resolver = Resolver(self.served(asked.model))
         query, served = resolver.rank_query(asked), resolver.served
         _refuse_faults([resolver])
         self._note(request, [served], candidates=len(query.candidates), history=[asked.history])
-        [scores] = await self._answers([served], [query])
-        best = sorted(set(zip([-score for score in scores], query.candidates, strict=True)))
+        [found] = await self._answers([served], [query])
         return schema.RankResponse(
-            items=_ranked(served, [item for _, item in best], [-score for score, _ in best]),
+            items=_ranked(served, found),
             fallback=not query.history,
             ignored=query.ignored,
             model=served.name,
             latency_ms=round((time.perf_counter() - started) * 1e3, 2),
         )
 
-    async def _answers(self, chosen: Sequence[Served], asked: Sequence[queries.Query | queries.RankQuery]) -> list[Any]:
+    async def _answers(
+        self, chosen: Sequence[Served], asked: Sequence[queries.Query | queries.RankQuery]
+    ) -> list[Recommendation]:
         """Wait for the answers, or give up.
 
         Raises:
             Problem: 503 where there is no room, 504 when it took too long, 422 for what the recommender cannot answer.
         """
-        futures: list[asyncio.Future[Any]] = []
+        futures: list[asyncio.Future[Recommendation]] = []
         try:
             async with asyncio.timeout(self.config.timeout_seconds):
                 for served, query in zip(chosen, asked, strict=True):
@@ -271,12 +276,15 @@ async def _parsed(model: type[Body], request: Request) -> Body:
         raise Problem.of_validation(error) from error
 
 
-def _ranked(served: Served, items: Sequence[int], scores: Sequence[float]) -> list[schema.RankedItem]:
+def _ranked(served: Served, found: Recommendation) -> list[schema.RankedItem]:
     ids, titles = served.catalogue.item_ids, served.catalogue.titles
-    return [
+    ranked = [
         schema.RankedItem(rank=rank, item_id=ids[item], title=titles[item], score=score)
-        for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1)
+        for rank, (item, score) in enumerate(zip(found.items, found.scores, strict=True), 1)
     ]
+    for item, spelling in zip(ranked, found.spellings or (), strict=False):
+        item.tokens = [schema.Token(text=text, log_probability=value) for text, value in spelling]
+    return ranked
 
 
 def _item(served: Served, item: int) -> schema.Item:

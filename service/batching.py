@@ -7,14 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
 
 Query = TypeVar("Query")
 Answer = TypeVar("Answer")
-
-_MOMENT = 0.1  # of the time that the latest batch took
 
 
 class Busy(Exception):
@@ -47,26 +46,35 @@ class SearchThread:
         return 0.0 if self.busy_since is None else time.monotonic() - self.busy_since
 
 
+@dataclass(eq=False)
+class _Waiting(Generic[Query, Answer]):
+    query: Query
+    tokens: int
+    future: asyncio.Future[Answer]
+    since: float  # time.monotonic()
+
+
 class Batcher(Generic[Query, Answer]):
     """Answers queries in batches.
 
-    A batch is put together when the thread is free, of all that waits by then: a lone query never waits for company,
-    and under load batches grow by themselves. Clients that were answered together come back one after the other, so
-    the batch after one of several is held open for a moment until there are as many. (`serve.batch` closes a batch when
-    its time-out passes, even while the one before it still runs: its batches stay as small as what arrives within that
-    time-out.) It needs no closing: nothing runs when nothing waits.
+    A batch is put together when the thread is free: what waits by then, oldest first, up to the first query with which
+    it would hold more than `max_tokens`. So queries keep their order, none waits for others than those before it, and
+    one that is larger than the budget runs alone. A lone query never waits for company, and under load batches grow by
+    themselves. (`serve.batch` closes a batch when its time-out passes, even while the one before it still runs: its
+    batches stay as small as what arrives within that time-out.) It needs no closing: nothing runs when nothing waits.
 
     Args:
         answer: queries to as many answers.
+        tokens: what a query takes of a batch's budget.
         thread: that calls `answer`; may be shared.
-        max_size: of a batch.
-        wait_seconds: how long a batch that is not full is held open.
+        max_tokens: of a batch.
+        wait_seconds: how long a batch within the budget is held open.
         max_open: queries that may wait or be computed.
         observe: told of each batch the seconds that its queries waited, and the seconds it took.
 
     Example:
         >>> async def main() -> list[int]:
-        ...     batcher = Batcher(lambda queries: [q * q for q in queries], SearchThread(), max_size=8)
+        ...     batcher = Batcher(lambda queries: [q * q for q in queries], lambda q: 1, SearchThread(), 8)
         ...     return await asyncio.gather(*(batcher.submit(q) for q in range(4)))
         >>> asyncio.run(main())
         [0, 1, 4, 9]
@@ -75,22 +83,23 @@ class Batcher(Generic[Query, Answer]):
     def __init__(
         self,
         answer: Callable[[list[Query]], list[Answer]],
+        tokens: Callable[[Query], int],
         thread: SearchThread,
-        max_size: int,
+        max_tokens: int,
         wait_seconds: float = 0.0,
         max_open: int = 1000,
         observe: Callable[[list[float], float], None] = lambda waits, seconds: None,
     ):
         self._answer = answer
+        self._tokens = tokens
         self._thread = thread
-        self._max_size = max_size
+        self._max_tokens = max_tokens
         self._wait_seconds = wait_seconds
         self._max_open = max_open
         self._observe = observe
         self._open = 0
         self._seconds_a_query = 0.0
-        self._latest = 1  # queries of the latest batch
-        self._waiting: deque[tuple[Query, asyncio.Future[Answer], float]] = deque()
+        self._waiting: deque[_Waiting[Query, Answer]] = deque()
         self._work: asyncio.Task[None] | None = None
 
     def submit(self, query: Query) -> asyncio.Future[Answer]:
@@ -104,7 +113,7 @@ class Batcher(Generic[Query, Answer]):
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         future.add_done_callback(self._close)
         self._open += 1
-        self._waiting.append((query, future, time.monotonic()))
+        self._waiting.append(_Waiting(query, self._tokens(query), future, time.monotonic()))
         if self._work is None or self._work.done():
             self._work = asyncio.create_task(self._empty())
         return future
@@ -114,39 +123,44 @@ class Batcher(Generic[Query, Answer]):
 
     async def _empty(self) -> None:
         while self._waiting:
-            hold = self._wait_seconds if len(self._waiting) < self._max_size else 0.0
-            if len(self._waiting) < self._latest:
-                hold = max(hold, _MOMENT * self._latest * self._seconds_a_query)
-            if hold:
-                await asyncio.sleep(hold)
+            if self._wait_seconds and sum(each.tokens for each in self._waiting) < self._max_tokens:
+                await asyncio.sleep(self._wait_seconds)
             async with self._thread.turn:
-                batch: list[tuple[Query, asyncio.Future[Answer], float]] = []
-                while self._waiting and len(batch) < self._max_size:
-                    query, future, since = self._waiting.popleft()
-                    if not future.done():
-                        batch.append((query, future, since))
-                if batch:
+                if batch := self._next_batch():
                     await self._run(batch)
 
-    async def _run(self, batch: list[tuple[Query, asyncio.Future[Answer], float]]) -> None:
+    def _next_batch(self) -> list[_Waiting[Query, Answer]]:
+        batch: list[_Waiting[Query, Answer]] = []
+        tokens = 0
+        while self._waiting:
+            first = self._waiting[0]
+            if not first.future.done():
+                tokens += first.tokens
+                if batch and tokens > self._max_tokens:
+                    break
+                batch.append(first)
+            self._waiting.popleft()
+        return batch
+
+    async def _run(self, batch: list[_Waiting[Query, Answer]]) -> None:
         started = self._thread.busy_since = time.monotonic()
-        waits = [started - since for _, _, since in batch]
+        waits = [started - each.since for each in batch]
         try:
             answers = await asyncio.get_running_loop().run_in_executor(
-                self._thread.executor, self._answer, [query for query, _, _ in batch]
+                self._thread.executor, self._answer, [each.query for each in batch]
             )
         except Exception as error:
             if len(batch) > 1:  # one query may not fail its neighbours: each by itself
                 for single in batch:
                     await self._run([single])
-            elif not batch[0][1].done():
-                batch[0][1].set_exception(error)
+            elif not batch[0].future.done():
+                batch[0].future.set_exception(error)
             return
         finally:
             self._thread.busy_since = None
         seconds = time.monotonic() - started
-        self._seconds_a_query, self._latest = seconds / len(batch), len(batch)
+        self._seconds_a_query = seconds / len(batch)
         self._observe(waits, seconds)
-        for (_, future, _), answer in zip(batch, answers, strict=True):
-            if not future.done():
-                future.set_result(answer)
+        for each, answer in zip(batch, answers, strict=True):
+            if not each.future.done():
+                each.future.set_result(answer)

@@ -27,7 +27,13 @@ class ServingConfig(StrictModel):
         1, ge=1, description="CPU cores that Ray reserves for a replica; its search uses as many threads."
     )
     gpus_per_replica: float = Field(0, ge=0, description="GPUs of a replica, or a share of one; 0 serves on CPU.")
-    max_batch_size: int = Field(16, ge=1, description="Requests that are searched together at most.")
+    max_batch_tokens: int = Field(
+        4096,
+        ge=1,
+        description="Requests are searched together, oldest first, while their tokens stay within this: those of a "
+        "prompt and 128 for its search, or of a prompt and its candidates. A larger one is searched alone. Bounds the "
+        "memory of keys and values, and how long a request waits for the others of its batch.",
+    )
     batch_wait_seconds: float = Field(
         0.0,
         ge=0,

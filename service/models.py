@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from recommender import golden
+from recommender.bases import Bases
 from recommender.catalogue import Catalogue
 from recommender.columns import columns_of
 from recommender.errors import UserError
 from recommender.loading import load_recommender
 from recommender.popularity import MostPopular
-from recommender.recommendation import AnyRecommender
+from recommender.recommendation import AnyRecommender, Recommendation
 from recommender.titles import TitleSearch
-from service.answering import answer
+from service.answering import answer, tokens
 from service.batching import Batcher, SearchThread
 from service.config import ServingConfig
 from service.logs import logger
@@ -48,10 +49,11 @@ class Served:
         self.popular = None
         if config.fallback == "popular" and self.catalogue.popularity is not None:
             self.popular = MostPopular(self.catalogue.popularity)
-        self.batcher: Batcher[Query | RankQuery, Any] = Batcher(
+        self.batcher: Batcher[Query | RankQuery, Recommendation] = Batcher(
             lambda queries: answer(self, queries),
+            lambda query: tokens(self, query),
             thread,
-            config.max_batch_size,
+            config.max_batch_tokens,
             config.batch_wait_seconds,
             config.max_queue,
             lambda waits, seconds: metrics.batch(name, waits, seconds),
@@ -74,6 +76,7 @@ class Models:
         self.metrics = metrics
         self.failed: str | None = None
         self._thread = SearchThread(config.threads)
+        self._bases = Bases()
         self._swapping = asyncio.Lock()
         self._served: dict[str, Served] = {}
 
@@ -105,6 +108,7 @@ class Models:
             else:
                 self._served, self.failed = loaded, None
                 self.metrics.swap(len(loaded), failed=False)
+            gc.collect()  # what is not served any more; models hold cycles, and their weights would stay for long
 
     def keep(self, reason: str) -> None:
         """Go on with what is served, because of what is wrong with that which was to come.
@@ -139,7 +143,7 @@ class Models:
             device = "cuda" if self.config.gpus_per_replica else "cpu"
             dtype = None if self.config.precision is None else getattr(torch, self.config.precision)
             cache = self.config.history_cache_bytes
-            recommender = load_recommender(path, device, dtype, self.config.search, cache)
+            recommender = load_recommender(path, device, dtype, self.config.search, cache, self._bases)
             golden.check(recommender)
             return self._around(name, recommender)
         except UserError:

@@ -10,7 +10,7 @@ import numpy as np
 
 from recommender.catalogue import Catalogue
 from recommender.columns import Column
-from recommender.config import SearchConfig
+from recommender.config import Score, SearchConfig
 from service import schema
 from service.schema import FieldError
 
@@ -30,8 +30,9 @@ class Query:
         exclude: int64; items that may not be recommended.
         allow: int64; if not None, the only items that may be.
         caps: by column, how many items of one value.
-        search: the limits of the search, or None: the model's own.
+        search: the score and the limits of the search, or None: the model's own.
         ignored: unknown items of the history.
+        spelled: whether the log-probabilities of the items' tokens are wanted.
     """
 
     history: list[int]
@@ -41,6 +42,12 @@ class Query:
     caps: dict[str, int] = field(default_factory=dict)
     search: SearchConfig | None = None
     ignored: list[str] = field(default_factory=list)
+    spelled: bool = False
+
+    @property
+    def score(self) -> Score | None:
+        """None: the model's own."""
+        return None if self.search is None else self.search.score
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +57,8 @@ class RankQuery:
     history: list[int]
     candidates: list[int]
     ignored: list[str]
+    score: Score | None = None
+    spelled: bool = False
 
 
 class Resolver:
@@ -85,12 +94,14 @@ class Resolver:
             asked.max_per,
             self._search(asked.search),
             ignored,
+            asked.log_probabilities,
         )
 
     def rank_query(self, asked: schema.RankRequest) -> RankQuery:
         """A request for an order of candidates."""
         history, ignored = self._history(asked)
-        return RankQuery(history, self._indices("candidates", asked.candidates), ignored)
+        candidates = self._indices("candidates", asked.candidates)
+        return RankQuery(history, candidates, ignored, asked.score, asked.log_probabilities)
 
     def _wrong(self, field: str, message: str) -> None:
         self.errors.append(FieldError(field=self._prefix + field, message=message))

@@ -8,6 +8,7 @@ from annotated_types import Le, MaxLen
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PositiveInt, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
+from recommender.config import Score
 from service.config import ServingConfig
 
 
@@ -50,6 +51,16 @@ EXAMPLE_ITEM: dict[str, Any] = {
 }
 
 
+_SCORE = (
+    "valid: the probability of each token among those that lead to an item; full: among the whole vocabulary, as "
+    "`generate` ranks; default: the model's own."
+)
+_LOG_PROBABILITIES = (
+    "Whether to give the items' tokens with their log-probabilities, which takes a further forward pass. Collaborative "
+    "models and the fallback have none."
+)
+
+
 def _request(example: dict[str, Any]) -> ConfigDict:
     return ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [example]})
 
@@ -74,10 +85,13 @@ class HistoryRequest(BaseModel):
 
 
 class SearchRequest(BaseModel):
-    """How hard to look, in place of the model's own settings. Collaborative models score every item anyway."""
+    """What to look for and how hard, in place of the model's own settings. Of no effect on collaborative models, which
+    have one score and give it to every item.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    score: Score | None = Field(None, description=_SCORE)
     mode: Literal["exact", "beam"] | None = Field(None, description="exact: until the top-K is proven; beam: faster.")
     width: int | None = Field(None, ge=1, description="Nodes expanded a forward pass; of a beam, nodes kept.")
     node_budget: int | None = Field(None, ge=1, description="exact: nodes expanded at most.")
@@ -98,7 +112,10 @@ class RecommendationRequest(HistoryRequest):
     max_per: dict[str, PositiveInt] = Field(
         default={}, description="For columns of the catalogue, how many items of one value the list may hold."
     )
-    search: SearchRequest | None = Field(None, description="How hard to look; default: the model's settings.")
+    search: SearchRequest | None = Field(
+        None, description="What to look for and how hard; default: the model's settings."
+    )
+    log_probabilities: bool = Field(False, description=_LOG_PROBABILITIES)
 
 
 class BatchRequest(BaseModel):
@@ -115,6 +132,8 @@ class RankRequest(HistoryRequest):
     model_config = _request(EXAMPLE_RANK_REQUEST)
 
     candidates: list[str] = Field(min_length=1, description="The items to rank: ids or titles.")
+    score: Score | None = Field(None, description=f"{_SCORE} Of no effect on collaborative models.")
+    log_probabilities: bool = Field(False, description=_LOG_PROBABILITIES)
 
 
 class Requests(NamedTuple):
@@ -150,6 +169,13 @@ def _limited(model: Any, limits: dict[str, Any], **types: Any) -> Any:
 # ---- Answers ---------------------------------------------------------------------------------------------------------
 
 
+class Token(BaseModel):
+    """A token of a title."""
+
+    text: str = Field(description="What it decodes to by itself; a part of a character shows as \ufffd.")
+    log_probability: float = Field(description="0 where the score is `valid` and no other token could come.")
+
+
 class RankedItem(BaseModel):
     """One place of the list."""
 
@@ -157,6 +183,11 @@ class RankedItem(BaseModel):
     item_id: str
     title: str
     score: float = Field(description="Sum of log-probabilities along the item's title; comparable within one list.")
+    tokens: list[Token] | None = Field(
+        None,
+        description="Its title as the model spells it, the end token last; the log-probabilities add up to `score`, "
+        "rounding aside. Absent unless the request says `log_probabilities`.",
+    )
 
 
 class RankResponse(BaseModel):

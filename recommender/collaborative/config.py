@@ -65,6 +65,7 @@ class GRU4RecConfig(CollaborativeModelConfig):
 
     kind: Literal["gru4rec"] = "gru4rec"
     layers: int = Field(1, ge=1)
+    hidden: int | None = Field(None, ge=1, description="Size of the recurrent state. null: that of the item vectors.")
 
 
 class CaserConfig(CollaborativeModelConfig):

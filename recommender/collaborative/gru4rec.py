@@ -19,8 +19,9 @@ class GRU4Rec(CausalModel):
     def __init__(self, config: GRU4RecConfig, items: int):
         super().__init__(config, items)
         between = config.dropout if config.layers > 1 else 0.0
-        self.gru = nn.GRU(config.dim, config.dim, config.layers, batch_first=True, dropout=between)
-        self.out = nn.Linear(config.dim, config.dim)
+        hidden = config.dim if config.hidden is None else config.hidden
+        self.gru = nn.GRU(config.dim, hidden, config.layers, batch_first=True, dropout=between)
+        self.out = nn.Linear(hidden, config.dim)
         self.dropout = nn.Dropout(config.dropout)
 
     def states(self, items: Tensor) -> Tensor:

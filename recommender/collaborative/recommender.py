@@ -27,7 +27,7 @@ from recommender.collaborative.config import (
 from recommender.collaborative.gru4rec import GRU4Rec
 from recommender.collaborative.model import CollaborativeModel
 from recommender.collaborative.sasrec import SASRec
-from recommender.config import SearchConfig
+from recommender.config import Score, SearchConfig
 from recommender.errors import UserError
 from recommender.golden import record
 from recommender.recommendation import Recommendation, allowed_items
@@ -135,15 +135,27 @@ class CollaborativeRecommender:
 
     @torch.inference_mode()
     def rank(
-        self, histories: Sequence[Sequence[int] | np.ndarray], candidates: Sequence[Sequence[int]]
+        self,
+        histories: Sequence[Sequence[int] | np.ndarray],
+        candidates: Sequence[Sequence[int]],
+        score: Score | None = None,
     ) -> list[list[float]]:
         """The scores of given candidates, as `recommend` would give them.
 
         Args:
             histories: as in `recommend`.
             candidates: item indices, for each history.
+            score: of no effect: there is one.
         """
         return [row[list(items)].tolist() for row, items in zip(self._scores(histories), candidates, strict=True)]
+
+    def spellings(self, history: Sequence[int], items: Sequence[int], score: Score | None = None) -> None:
+        """Nothing: items are not spelled in tokens."""
+        return
+
+    def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
+        """Items of the history that are read. Candidates take nothing: every item is scored anyway."""
+        return min(len(history), self.model.config.max_length)
 
     def _scores(self, histories: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
         """Log-probabilities [histories, items]."""

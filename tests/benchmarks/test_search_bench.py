@@ -150,7 +150,7 @@ def test_extended_titles_go_on_from_real_ones() -> None:
 
 def test_all_tables_of_a_bundle(tiny_bundle: Path) -> None:
     served = benchmark.Served.load(tiny_bundle, tiny_bundle.parent, 4, "cpu")
-    cases = [benchmark.make_case(served, items, 4, 5, 300) for items in (None, 300)]
+    cases = [benchmark.make_case(served, items, 4, 5, 600) for items in (None, 300)]
     assert [len(case.trie) for case in cases] == [200, 300]
     latency = benchmark.latency_table(served, cases, 2, 5, 4, 1, with_generate=True)
     rows = list(zip(*(column.cells for column in latency.columns), strict=True))

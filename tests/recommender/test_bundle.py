@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pyarrow as pa
 import pytest
 import torch
 
+from recommender import golden
 from recommender.backbone import Backbone
+from recommender.bases import Bases
 from recommender.bundle import Manifest, read_manifest, write_bundle
 from recommender.catalogue import Catalogue
 from recommender.config import LoraConfig, SearchConfig
@@ -35,10 +38,10 @@ def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def adapted(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of adapters over the tiny bundle."""
-    return _adapted(tiny_bundle, tmp_path_factory.mktemp("adapted") / "bundle", seed=0)
+    return adapted_bundle(tiny_bundle, tmp_path_factory.mktemp("adapted") / "bundle", seed=0)
 
 
-def _adapted(base: Path, directory: Path, seed: int) -> Path:
+def adapted_bundle(base: Path, directory: Path, seed: int) -> Path:
     backbone = starting_point(base, LoraConfig(rank=4), torch.float32)
     _shake(backbone, seed)
     Recommender(ItemSpace.load(base), backbone, Manifest(name="adapted")).save(directory)
@@ -247,7 +250,7 @@ def test_an_adapter_bundle_is_its_base_plus_the_adapter(adapted: Path, tiny_bund
 
 def test_a_merged_bundle_scores_alike_and_stands_alone(tiny_bundle: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_bundle, tmp_path / "base")
-    adapted = _adapted(base, tmp_path / "adapted", seed=1)
+    adapted = adapted_bundle(base, tmp_path / "adapted", seed=1)
     expected = BruteForce(adapted).scores([3, 50])
     merge_adapter(adapted, tmp_path / "merged")
     shutil.rmtree(base)
@@ -283,7 +286,7 @@ def test_adapters_over_an_adapter_bundle_are_refused(adapted: Path) -> None:
 
 def test_the_base_of_an_adapter_bundle_is_missing(tiny_bundle: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_bundle, tmp_path / "base")
-    adapted = _adapted(base, tmp_path / "adapted", seed=1)
+    adapted = adapted_bundle(base, tmp_path / "adapted", seed=1)
     shutil.rmtree(base)
     with pytest.raises(UserError, match=r"adapted: its adapter belongs to the base .*base, which cannot be loaded"):
         Recommender.load(adapted)
@@ -293,7 +296,7 @@ def test_the_base_of_an_adapter_bundle_is_missing(tiny_bundle: Path, tmp_path: P
 
 def test_the_base_of_an_adapter_bundle_was_trained_again(tiny_bundle: Path, tmp_path: Path) -> None:
     base = shutil.copytree(tiny_bundle, tmp_path / "base")
-    adapted = _adapted(base, tmp_path / "adapted", seed=1)
+    adapted = adapted_bundle(base, tmp_path / "adapted", seed=1)
     recommender = Recommender.load(base)
     with torch.no_grad():
         next(recommender.backbone.model.parameters()).add_(0.1)
@@ -306,3 +309,64 @@ def test_the_base_of_an_adapter_bundle_was_trained_again(tiny_bundle: Path, tmp_
 def test_there_is_no_adapter_to_merge(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds full weights, there is no adapter to merge"):
         merge_adapter(tiny_bundle, tmp_path / "merged")
+
+
+# ---- Shared bases ----------------------------------------------------------------------------------------------------
+
+
+def _weights(recommender: Recommender) -> dict[int, int]:
+    """Bytes of the model's tensors, by where they lie."""
+    return {each.data_ptr(): each.nbytes for each in recommender.backbone.model.parameters()}
+
+
+def test_adapters_share_their_base_with_each_other_and_with_its_own_bundle(
+    tiny_bundle: Path, adapted: Path, tmp_path: Path
+) -> None:
+    other = adapted_bundle(tiny_bundle, tmp_path / "other", seed=1)
+    merge_adapter(adapted, tmp_path / "merged")
+    bundles = [adapted, other, tiny_bundle, tmp_path / "merged"]
+    bases = Bases()
+    first, second, plain, merged = together = [Recommender.load(bundle, bases=bases) for bundle in bundles]
+    for recommender, bundle in zip(together, bundles, strict=True):
+        golden.check(recommender)
+        assert [vars(answer) for answer in recommender.recommend(HISTORIES, 7)] == answers(bundle)
+    base = _weights(plain)
+    assert base.items() <= _weights(first).items()
+    assert base.items() <= _weights(second).items()
+    assert not base.keys() & _weights(merged).keys()
+    adapters = [sum(_weights(each).values()) - sum(base.values()) for each in (first, second)]
+    held = sum((_weights(first) | _weights(second) | base).values())
+    assert held == sum(base.values()) + sum(adapters)
+    assert max(adapters) < sum(base.values()) / 4
+    assert not base.keys() & _weights(Recommender.load(adapted, bases=Bases())).keys()
+
+
+def test_what_an_adapter_changes_stays_with_it(tiny_bundle: Path) -> None:
+    bases = Bases()
+    plain, adapted = (Recommender.load(tiny_bundle, bases=bases).backbone.model for _ in range(2))
+    tokens = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        before = plain(tokens).logits
+        config = peft.LoraConfig(
+            target_modules=["q_proj"],
+            init_lora_weights="pissa",  # takes the adapter's first weights out of the base's
+            trainable_token_indices={"embed_tokens": [4, 5]},
+            modules_to_save=["norm"],
+        )
+        changed: Any = peft.get_peft_model(adapted, config)
+        for parameter in changed.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+        assert not torch.allclose(changed(tokens).logits, before, atol=0.1)
+        assert torch.equal(plain(tokens).logits, before)
+        assert torch.equal(Recommender.load(tiny_bundle, bases=bases).backbone.model(tokens).logits, before)
+
+
+def test_a_base_that_was_written_again_is_loaded_again(tiny_bundle: Path, copy: Path) -> None:
+    bases = Bases()
+    before = Recommender.load(copy, bases=bases)
+    assert _weights(Recommender.load(copy, bases=bases)) == _weights(before)
+    assert not _weights(Recommender.load(tiny_bundle, bases=bases)).keys() & _weights(before).keys()
+    before.save(copy)
+    after = Recommender.load(copy, bases=bases)
+    assert not _weights(after).keys() & _weights(before).keys()

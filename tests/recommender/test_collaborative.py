@@ -40,7 +40,7 @@ ITEMS, ROOM = 30, 8
 SHAPE = {"dim": 16, "max_length": ROOM}
 CONFIGS: list[CollaborativeConfig] = [
     SASRecConfig(**SHAPE),
-    GRU4RecConfig(**SHAPE, layers=2),
+    GRU4RecConfig(**SHAPE, layers=2, hidden=24),
     BERT4RecConfig(**SHAPE),
     CaserConfig(**SHAPE),
     BPRConfig(**SHAPE, negatives=4),
@@ -208,6 +208,13 @@ def test_bert4rec_reads_both_sides_but_never_what_it_restores(monkeypatch: pytes
     assert torch.equal(plain, other_target)
     assert not torch.allclose(plain, other_later)
     assert not torch.allclose(plain, other_earlier)
+
+
+def test_gru4rec_s_state_is_as_wide_as_its_item_vectors_unless_told() -> None:
+    shapes = {name: tuple(p.shape) for name, p in shaken(GRU4RecConfig(**SHAPE)).named_parameters()}
+    wide = {name: tuple(p.shape) for name, p in shaken(GRU4RecConfig(**SHAPE, hidden=24)).named_parameters()}
+    assert (shapes["gru.weight_hh_l0"], shapes["out.weight"]) == ((48, 16), (16, 16))
+    assert (wide["gru.weight_hh_l0"], wide["out.weight"]) == ((72, 24), (16, 24))
 
 
 # ---- The recommender and its bundle ----------------------------------------------------------------------------------

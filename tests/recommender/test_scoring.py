@@ -17,8 +17,9 @@ from recommender.catalogue import Catalogue
 from recommender.collaborative.config import SASRecConfig
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
 from recommender.columns import columns_of
-from recommender.config import SearchConfig
+from recommender.config import PromptConfig, Score, SearchConfig
 from recommender.errors import UserError
+from recommender.items import ItemSpace
 from recommender.loading import load_recommender
 from recommender.popularity import MostPopular
 from recommender.recommender import Recommender
@@ -51,6 +52,30 @@ def test_ranking_every_item_gives_the_scores_of_the_search(
         np.testing.assert_allclose(np.array(scores)[found.items], found.scores, atol=1e-4)
 
 
+def test_both_scores_are_at_hand_and_tokens_add_up_to_them(tiny_bundle: Path) -> None:
+    own = Recommender.load(tiny_bundle)
+    scores: list[Score] = ["valid", "full", "valid"]
+    for score in scores:
+        search = SearchConfig(score=score, node_budget=1000)
+        by_itself = Recommender.load(tiny_bundle, search=search)
+        [expected] = by_itself.recommend([[3, 50]], 7)
+        assert own.recommend([[3, 50]], 7, search=search) == [expected]
+        candidates = [expected.items[4], 120, 120, 3]
+        assert own.rank([[3, 50]], [candidates], score) == by_itself.rank([[3, 50]], [candidates])
+        for item, spelling, total in zip(
+            candidates,
+            own.spellings([3, 50], candidates, score),
+            own.rank([[3, 50]], [candidates], score)[0],
+            strict=True,
+        ):
+            assert "".join(text for text, _ in spelling) == f" {own.catalogue.titles[item]}</s>"
+            assert sum(value for _, value in spelling) == pytest.approx(total, abs=1e-4)
+            assert all(value <= 0 for _, value in spelling)
+            forced = own.space.trie.prediction_nodes()[slice(*own.space.identifiers.offsets[item : item + 2])] < 0
+            assert score == "full" or all(value == 0 for (_, value), no in zip(spelling, forced, strict=True) if no)
+        assert own.spellings([3, 50], candidates) == own.spellings([3, 50], candidates, "valid")
+
+
 def test_the_score_of_a_candidate_does_not_depend_on_the_others(tiny_bundle: Path) -> None:
     recommender = Recommender.load(tiny_bundle)
     together, alone, again = recommender.rank([[3, 50]] * 3, [[9, 4, 9, 120], [120], [4, 9]])
@@ -59,7 +84,8 @@ def test_the_score_of_a_candidate_does_not_depend_on_the_others(tiny_bundle: Pat
 
 def test_collaborative_models_rank_candidates_too(collaborative: CollaborativeRecommender) -> None:
     [found] = collaborative.recommend([[3, 5]], 30)
-    [scores] = collaborative.rank([[3, 5]], [list(range(30))])
+    [scores] = collaborative.rank([[3, 5]], [list(range(30))], "full")
+    assert collaborative.spellings([3, 5], [1, 2]) is None
     np.testing.assert_allclose(np.array(scores)[found.items], found.scores, atol=1e-6)
 
 
@@ -69,6 +95,21 @@ def test_limits_of_one_call_leave_the_recommender_as_it_is(tiny_bundle: Path) ->
     [starved] = recommender.recommend([[3]], 20, search=SearchConfig(width=1, node_budget=1))
     assert (whole.exact, starved.exact, starved.expansions) == (True, False, 1)
     assert recommender.recommend([[3]], 20)[0] == whole
+
+
+@pytest.mark.parametrize("prompt", [PromptConfig(history=8), PromptConfig(template="products", history=3)])
+def test_what_a_batch_takes_is_counted_beforehand(tiny_bundle: Path, prompt: PromptConfig) -> None:
+    loaded = Recommender.load(tiny_bundle)
+    space = loaded.space
+    space = ItemSpace(space.catalogue, space.tokenizer, space.identifiers, space.trie, space.identifier_config, prompt)
+    recommender = Recommender(space, loaded.backbone, loaded.manifest)
+    histories: list[list[int]] = [[], [3], [3, 50, 7], list(range(40))]
+    for history, answer in zip(histories, recommender.recommend(histories, 1), strict=True):
+        assert recommender.tokens(history) == answer.prompt_tokens + 128
+        spelled = len(space.identifiers.spelled(9)) + len(space.identifiers.spelled(120))
+        assert recommender.tokens(history, [9, 120]) == answer.prompt_tokens + spelled
+    loaded.backbone.context = 50
+    assert recommender.tokens(list(range(40))) == min(50, space.prompt.length(range(40))) + 128
 
 
 # ---- The golden request ----------------------------------------------------------------------------------------------

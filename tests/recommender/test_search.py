@@ -366,7 +366,7 @@ def test_refuses_a_model_in_training_mode() -> None:
 def test_the_cache_grows_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     search, prompts = tree_search(llama(4), catalogue(4, items=60), width=2), histories(4)
     roomy = search.search(prompts, 40)
-    monkeypatch.setattr("recommender.search._CACHE_HEADROOM", 0)
+    monkeypatch.setattr("recommender.search.HEADROOM", 0)
     for one, other in zip(roomy, search.search(prompts, 40), strict=True):
         assert one.items.tolist() == other.items.tolist()
         np.testing.assert_array_equal(one.scores, other.scores)

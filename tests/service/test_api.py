@@ -19,9 +19,9 @@ from httpx import Response
 
 from recommender.bundle import Manifest
 from recommender.catalogue import Catalogue
-from recommender.config import SearchConfig
+from recommender.config import Score, SearchConfig
 from recommender.errors import UserError
-from recommender.recommender import Recommendation
+from recommender.recommendation import Recommendation, Spelling
 from service.api import create_api
 from service.config import ServingConfig
 from service.metrics import Metrics
@@ -48,6 +48,7 @@ class StandIn:
         self.manifest = Manifest(name="stand-in", metrics={"NDCG@10": 0.5}, data_fingerprint="f00")
         self.batches: list[int] = []
         self.searches: list[SearchConfig | None] = []
+        self.scores: list[Score | None] = []
         self.gate = threading.Event()
         self.gate.set()
 
@@ -73,8 +74,23 @@ class StandIn:
             answers.append(Recommendation(items, [-float(abs(i - history[-1])) for i in items], True, 1))
         return answers
 
-    def rank(self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[list[float]]:
+    def rank(
+        self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], score: Score | None = None
+    ) -> list[list[float]]:
+        self.scores.append(score)
         return [[-float(abs(i - h[-1])) for i in items] for h, items in zip(histories, candidates, strict=True)]
+
+    def spellings(
+        self, history: Sequence[int], items: Sequence[int], score: Score | None = None
+    ) -> list[Spelling] | None:
+        self.scores.append(score)
+        if 15 in history:  # as a collaborative model
+            return None
+        [scores] = self.rank([history], [items])
+        return [[("Trail", 0.0), (f" Tent {i}", score)] for i, score in zip(items, scores, strict=True)]
+
+    def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
+        return 1
 
 
 @pytest.fixture
@@ -87,7 +103,7 @@ CONFIG: dict[str, Any] = {
     "max_history": 8,
     "max_filter": 6,
     "max_body_bytes": 2048,
-    "max_batch_size": 8,
+    "max_batch_tokens": 8,
     "max_requests": 4,
     "max_candidates": 10,
     "max_width": 50,
@@ -187,7 +203,9 @@ def test_filters(client: TestClient) -> None:
         ({"history": ["B01"], "max_per": {"kind": 0}}, "max_per.kind", "greater than 0"),
         ({"history": ["B01"], "search": {"width": 51}}, "search.width", "less than or equal to 50"),
         ({"history": ["B01"], "search": {"mode": "fast"}}, "search.mode", "'exact' or 'beam'"),
-        ({"history": ["B01"], "search": {"score": "full"}}, "search.score", "unknown field"),
+        ({"history": ["B01"], "search": {"score": "best"}}, "search.score", "'valid' or 'full'"),
+        ({"history": ["B01"], "search": {"temperature": 2}}, "search.temperature", "unknown field"),
+        ({"history": ["B01"], "log_probabilities": 1}, "log_probabilities", "boolean"),
     ],
 )
 def test_faulty_fields_are_named(client: TestClient, body: dict[str, Any], field: str, says: str) -> None:

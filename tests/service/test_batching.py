@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 
 import pytest
 
@@ -12,18 +11,23 @@ from service.batching import Batcher, Busy, SearchThread
 
 
 class Squares:
-    """Squares numbers, once its gate is open; 0 fails. Remembers its batches."""
+    """Squares numbers, once its gate is open; one number fails. Remembers its batches."""
 
     def __init__(self) -> None:
+        self.fails: int | None = 0
         self.batches: list[list[int]] = []
         self.gate = threading.Event()
 
     def __call__(self, queries: list[int]) -> list[int]:
         self.gate.wait(10)
         self.batches.append(queries)
-        if 0 in queries:
+        if self.fails in queries:
             raise ValueError("zero")
         return [query * query for query in queries]
+
+
+def one_each(query: int) -> int:
+    return 1
 
 
 async def submit_while_busy(
@@ -40,7 +44,7 @@ async def submit_while_busy(
 def test_what_waits_is_answered_together_in_order() -> None:
     async def main() -> None:
         squares = Squares()
-        batcher = Batcher(squares, SearchThread(), max_size=4)
+        batcher = Batcher(squares, one_each, SearchThread(), max_tokens=4)
         tasks = await submit_while_busy(batcher, squares, [1, 2, 3, 4, 5, 6])
         squares.gate.set()
         assert await asyncio.gather(*tasks) == [10_000, 1, 4, 9, 16, 25, 36]
@@ -49,10 +53,47 @@ def test_what_waits_is_answered_together_in_order() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("tokens", "batches"),
+    [
+        ([3, 3, 3, 3], [[3, 3, 3], [3]]),  # nine of ten
+        ([5, 5, 1], [[5, 5], [1]]),  # the budget may be filled
+        ([9, 2, 1, 8], [[9], [2, 1], [8]]),  # the 1 would fit beside the 9, and does not overtake the 2
+        ([4, 30, 4, 4, 2, 1], [[4], [30], [4, 4, 2], [1]]),  # more than the budget: alone, in its turn
+        ([11, 11], [[11], [11]]),
+        ([10, 0, 0, 1], [[10, 0, 0], [1]]),  # what takes nothing costs nothing
+    ],
+)
+def test_a_batch_is_what_waits_within_the_budget_oldest_first(tokens: list[int], batches: list[list[int]]) -> None:
+    async def main() -> None:
+        squares = Squares()
+        squares.fails = None
+        batcher = Batcher(squares, lambda query: query, SearchThread(), max_tokens=10)
+        tasks = await submit_while_busy(batcher, squares, tokens)
+        squares.gate.set()
+        assert await asyncio.gather(*tasks) == [query * query for query in [100, *tokens]]
+        assert squares.batches == [[100], *batches]
+
+    asyncio.run(main())
+
+
+def test_those_who_left_take_nothing_of_the_budget() -> None:
+    async def main() -> None:
+        squares = Squares()
+        batcher = Batcher(squares, lambda query: query, SearchThread(), max_tokens=10)
+        tasks = await submit_while_busy(batcher, squares, [4, 5, 6, 7])
+        tasks[2].cancel()
+        squares.gate.set()
+        assert await asyncio.gather(tasks[1], *tasks[3:]) == [16, 36, 49]
+        assert squares.batches == [[100], [4, 6], [7]]
+
+    asyncio.run(main())
+
+
 def test_a_failing_query_fails_alone() -> None:
     async def main() -> None:
         squares = Squares()
-        batcher = Batcher(squares, SearchThread(), max_size=8)
+        batcher = Batcher(squares, one_each, SearchThread(), max_tokens=8)
         tasks = await submit_while_busy(batcher, squares, [1, 0, 3])
         squares.gate.set()
         results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -66,7 +107,7 @@ def test_a_failing_query_fails_alone() -> None:
 def test_a_query_whose_client_left_is_not_computed() -> None:
     async def main() -> None:
         squares = Squares()
-        batcher = Batcher(squares, SearchThread(), max_size=8)
+        batcher = Batcher(squares, one_each, SearchThread(), max_tokens=8)
         tasks = await submit_while_busy(batcher, squares, [1, 2, 3])
         tasks[0].cancel()  # this one is being computed
         tasks[2].cancel()
@@ -83,7 +124,7 @@ def test_waiting_for_company_lets_a_burst_become_one_batch() -> None:
     async def main(wait_seconds: float) -> list[list[int]]:
         squares = Squares()
         squares.gate.set()
-        batcher = Batcher(squares, SearchThread(), max_size=3, wait_seconds=wait_seconds)
+        batcher = Batcher(squares, one_each, SearchThread(), max_tokens=3, wait_seconds=wait_seconds)
         first = batcher.submit(1)
         await asyncio.sleep(0.05)
         second = batcher.submit(2)
@@ -94,33 +135,10 @@ def test_waiting_for_company_lets_a_burst_become_one_batch() -> None:
     assert asyncio.run(main(wait_seconds=0.0)) == [[1], [2]]
 
 
-def test_clients_that_come_back_one_by_one_are_answered_together_again() -> None:
-    async def main() -> None:
-        batches: list[int] = []
-
-        def slow(queries: list[int]) -> list[int]:
-            batches.append(len(queries))
-            time.sleep(0.3)
-            return queries
-
-        batcher = Batcher(slow, SearchThread(), max_size=8)
-
-        async def client(number: int) -> None:
-            for _ in range(4):
-                await batcher.submit(number)
-                await asyncio.sleep(0.001 * number)  # on the way
-
-        await asyncio.gather(*(client(number) for number in range(4)))
-        assert sum(batches) == 16
-        assert len(batches) <= 5  # and not 1, 3, 1, 3, …
-
-    asyncio.run(main())
-
-
 def test_a_full_queue_refuses_and_a_departed_query_makes_room() -> None:
     async def main() -> None:
         squares = Squares()
-        batcher = Batcher(squares, SearchThread(), max_size=8, max_open=3)
+        batcher = Batcher(squares, one_each, SearchThread(), max_tokens=8, max_open=3)
         tasks = await submit_while_busy(batcher, squares, [1, 2])
         with pytest.raises(Busy) as refused:
             batcher.submit(3)
@@ -142,8 +160,8 @@ def test_batchers_share_a_thread() -> None:
         others.gate.set()
         observed: list[int] = []
         thread = SearchThread()
-        batcher = Batcher(squares, thread, max_size=8)
-        other = Batcher(others, thread, max_size=8, observe=lambda waits, seconds: observed.append(len(waits)))
+        batcher = Batcher(squares, one_each, thread, max_tokens=8)
+        other = Batcher(others, one_each, thread, 8, observe=lambda waits, seconds: observed.append(len(waits)))
         busy = batcher.submit(5)
         await asyncio.sleep(0.05)
         waiting = [other.submit(1)]

@@ -36,7 +36,7 @@ PATH = "/v1/recommendations"
 REPLICAS = 2
 K = 5
 # Little room, so that little load is too much; seconds enough for a busy machine.
-SERVING = {"replicas": REPLICAS, "max_queue": 8, "max_requests": 8, "max_batch_size": 4, "timeout_seconds": 5}
+SERVING = {"replicas": REPLICAS, "max_queue": 8, "max_requests": 8, "max_batch_tokens": 640, "timeout_seconds": 5}
 ROOM = REPLICAS * 8
 
 

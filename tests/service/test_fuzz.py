@@ -373,6 +373,10 @@ def test_the_document_holds(endpoint: Endpoint, method: str, path: str, mode: Ge
             sound(
                 Answer(response.status_code, {k.lower(): v[0] for k, v in response.headers.items()}, response.content)
             )
+        elif path == "/v1/rank":
+            for item in schema.RankResponse.model_validate_json(response.content).items:
+                if item.tokens is not None:
+                    assert abs(sum(token.log_probability for token in item.tokens) - item.score) < 1e-3
         elif path == "/v1/recommendations":
             answer = schema.RecommendationResponse.model_validate_json(response.content)
             items, wanted = [item.item_id for item in answer.items], case.body.get("k", 10)

@@ -7,22 +7,25 @@ import json
 import logging
 import shutil
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from recommender.bundle import MANIFEST
 from recommender.errors import UserError
-from recommender.recommender import Recommender
+from recommender.recommender import Recommender, merge_adapter
 from service.api import create_api
 from service.auth import read_tokens
 from service.config import ServingConfig
 from service.metrics import Metrics
 from service.models import Models
+from tests.recommender.test_bundle import adapted_bundle
 from tests.service.test_api import URL, StandIn, ids, refused, serving
 
 ASKED: dict[str, Any] = {"history": ["B10"], "k": 1}
@@ -259,6 +262,43 @@ def test_bundles_replace_each_other_whole_or_not_at_all(tiny_bundle: Path, tmp_p
         assert models.served == [kept]
     asyncio.run(models.swap({"second": str(tiny_bundle)}))
     assert (names(), models.failed) == (["second"], None)
+
+
+def test_adapters_are_served_over_one_base_that_a_swap_keeps_or_frees(tiny_bundle: Path, tmp_path: Path) -> None:
+    adapters = [str(adapted_bundle(tiny_bundle, tmp_path / f"adapter-{seed}", seed)) for seed in range(3)]
+    merge_adapter(adapters[0], tmp_path / "merged")
+    models = Models(ServingConfig(), Metrics())
+
+    def weights(name: str) -> set[int]:
+        served = models.get(name)
+        assert served is not None
+        assert isinstance(served.recommender, Recommender)
+        return {each.data_ptr() for each in served.recommender.backbone.model.parameters()}
+
+    bundles = {"first": adapters[0], "second": adapters[1], "plain": str(tiny_bundle)}
+    asyncio.run(models.swap(bundles | {"merged": str(tmp_path / "merged")}))
+    base = weights("plain")
+    assert base < weights("first")
+    assert base < weights("second")
+    assert not base & weights("merged")
+    with TestClient(create_api(models)) as client:
+        body = {"history": ["i3", "i50"], "k": 5}
+        for name, bundle in bundles.items():
+            [expected] = Recommender.load(bundle).recommend([[3, 50]], 5, [[3, 50]])
+            found = client.post(URL, json=body | {"model": name}).json()["items"]
+            assert [item["score"] for item in found] == pytest.approx(expected.scores)
+
+    old = models.get("first")
+    assert old is not None
+    freed = weakref.ref(old.recommender)
+    del old
+    asyncio.run(models.swap({"third": adapters[2]}))
+    assert base < weights("third")
+    assert freed() is None
+    kept = weakref.ref(models._bases.load(str(tiny_bundle), None, "cpu", None).__dict__["shares_with"])
+    assert kept() is not None
+    asyncio.run(models.swap({"merged": str(tmp_path / "merged")}))
+    assert kept() is None
 
 
 def test_until_there_is_a_model_nothing_is_ready() -> None:

@@ -164,12 +164,33 @@ def test_caps_and_columns_over_a_real_search(tiny_bundle: Path) -> None:
 
 
 def test_a_search_may_be_bounded(client: TestClient, recommender: StandIn) -> None:
-    bounded = {"history": ["B10"], "search": {"width": 7, "mode": "beam"}}
+    bounded = {"history": ["B10"], "search": {"width": 7, "mode": "beam", "score": "full"}}
     assert client.post(URL, json=bounded).status_code == 200
     assert client.post(URL, json={"history": ["B10"]}).status_code == 200
     first, second = recommender.searches
     assert first is not None
-    assert (first.width, first.mode, first.node_budget, second) == (7, "beam", 400, None)
+    assert (first.width, first.mode, first.score, first.node_budget, second) == (7, "beam", "full", 400, None)
+
+
+def test_tokens_and_their_log_probabilities_come_when_asked_for(client: TestClient, recommender: StandIn) -> None:
+    asked = {"history": ["B10"], "k": 2, "log_probabilities": True, "search": {"score": "full"}}
+    items = client.post(URL, json=asked).json()["items"]
+    texts = [{"text": "Trail", "log_probability": 0.0}, {"text": " Tent 9", "log_probability": -1.0}]
+    assert (items[0]["tokens"], items[1]["tokens"][1]["text"]) == (texts, " Tent 11")
+    rank = {"history": ["B10"], "candidates": ["B12", "B09", "B12"], "log_probabilities": True}
+    items = client.post("/v1/rank", json=rank).json()["items"]
+    assert [item["tokens"][1]["text"] for item in items] == [" Tent 9", " Tent 12"]
+    items = client.post("/v1/rank", json=rank | {"score": "full", "log_probabilities": False}).json()["items"]
+    assert [sorted(item) for item in items] == [["item_id", "rank", "score", "title"]] * 2
+    # Of `spellings`, and the stand-in's own call of `rank` in it; of `rank`; …
+    assert recommender.scores == ["full", None, None, None, None, "full"]
+    for without in ({"history": []}, {"history": ["B15"]}, {"allow": []}):
+        answer = client.post(URL, json=asked | without)
+        assert answer.status_code == 200
+        assert not any("tokens" in item for item in answer.json()["items"])
+    mixed = [asked, {"history": ["B10"], "k": 1}]
+    first, second = client.post(f"{URL}/batch", json={"requests": mixed}).json()["answers"]
+    assert ("tokens" in first["items"][0], "tokens" in second["items"][0]) == (True, False)
 
 
 def test_a_batch_is_answered_in_order_or_not_at_all(client: TestClient, recommender: StandIn) -> None:
