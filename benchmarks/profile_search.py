@@ -56,6 +56,10 @@ class SpannedBackbone(Backbone):
         with record_function(FORWARD):
             return super().hidden(*args, **kwargs)
 
+    def logits_among(self, *args: Any) -> torch.Tensor:
+        with record_function(LOGITS):
+            return super().logits_among(*args)
+
 
 class SpannedSearch(TreeSearch):
     """A search whose parts the profiler knows by name."""
