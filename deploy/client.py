@@ -20,6 +20,7 @@ from trainer.experiment import Experiment
 from trainer.prepare import Say
 
 _INTERRUPTED = 130
+_TRIES = 3  # the cluster forks a server for each client while it talks to others, and now and then that one dies
 
 
 def run(
@@ -50,7 +51,7 @@ def run(
     for name in ("INITIAL", "MAX"):
         os.environ.setdefault(f"RAY_CLIENT_{name}_CONNECTION_TIMEOUT_S", "3")  # of which Ray waits three
     with packed(experiment, values, wheel, say) as directory, explained(address):
-        ray.init(address, runtime_env={"working_dir": str(directory)}, logging_level=logging.ERROR, log_to_driver=False)
+        _connect(address, directory)
         try:
             check_room(verb, experiment, ray.cluster_resources())
             there: Any = ray.remote(Command)
@@ -60,6 +61,18 @@ def run(
             )
         finally:
             ray.shutdown()
+
+
+def _connect(address: str, directory: Path) -> None:
+    for left in reversed(range(_TRIES)):
+        try:
+            ray.init(
+                address, runtime_env={"working_dir": str(directory)}, logging_level=logging.ERROR, log_to_driver=False
+            )
+            return
+        except ConnectionAbortedError:
+            if not left:
+                raise
 
 
 def _follow(there: Any, say: Say) -> int:
@@ -96,6 +109,7 @@ class Command:
             RAY_JOB_CONFIG_JSON_ENV_VAR: json.dumps({"runtime_env": dict(context.runtime_env)}),
             "PYTHONUNBUFFERED": "1",
         }
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # Ray blocks it here, and a child inherits that
         self._process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             env=environment,

@@ -102,6 +102,7 @@ def cluster() -> Iterator[Cluster]:
             env=environment,
             stdout=log,
             stderr=log,
+            start_new_session=True,
         )
     try:
         until(lambda: head.poll() is not None or "Ray runtime started" in Path(log.name).read_text())
@@ -110,7 +111,11 @@ def cluster() -> Iterator[Cluster]:
         yield Cluster(f"http://127.0.0.1:{port}", over_client, environment)
     finally:
         head.terminate()
-        head.wait(60)
+        try:
+            head.wait(10)
+        except subprocess.TimeoutExpired:  # Ray Client's server looks up every 30 s only
+            os.killpg(head.pid, signal.SIGKILL)
+            head.wait(10)
         shutil.rmtree(directory, ignore_errors=True)
 
 
