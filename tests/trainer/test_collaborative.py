@@ -31,7 +31,7 @@ from recommender.collaborative.config import (
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model, load_model
 from recommender.errors import UserError
 from recommender.metrics import metric_values, popularity_ranks
-from trainer import collaborative, collaborative_worker
+from trainer import collaborative, collaborative_worker, preemption
 from trainer.collaborative import ensure_collaborative
 from trainer.config import CollaborativeBundle
 from trainer.data.dataset import Dataset
@@ -103,7 +103,7 @@ def run_case(experiment: str, prepared: str, directory: str) -> dict[str, Any]:
 def many_cases(config: dict[str, Any], cases: list[dict[str, str]]) -> dict[str, Any]:
     """Run all cases, then the experiment of the launch itself."""
     for case in cases:
-        assert run_case(**case) == {"error": None}
+        assert run_case(**case)["error"] is None
     return collaborative_worker.train_worker(config)
 
 
@@ -137,6 +137,7 @@ def alone() -> Iterator[None]:
         patch.setattr(dist, "get_world_size", lambda: 1)
         patch.setattr(dist, "all_reduce", lambda tensor: None)
         patch.setattr(ray.train, "get_checkpoint", lambda: None)
+        patch.setattr(preemption, "noticed", lambda device: False)
         patch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
         yield
 
@@ -207,7 +208,7 @@ def test_one_worker_and_two_learn_the_same(
     undisturbed: Experiment, experiment: Experiment, tiny_prepared: Path, tmp_path: Path, kind: str
 ) -> None:
     config = CONFIGS[kind]
-    assert run_alone(training(experiment, config), tiny_prepared, tmp_path / "one") == {"error": None}
+    assert run_alone(training(experiment, config), tiny_prepared, tmp_path / "one")["error"] is None
     one, two = tmp_path / "one" / "epoch-1", undisturbed.run_dir.parent / "two" / kind / "epoch-1"
     assert farthest(tensors(one), tensors(two)) < 1e-5
     assert curve(one)[0] == pytest.approx(curve(two)[0], abs=1e-5)
@@ -482,7 +483,7 @@ def test_every_model_beats_most_popular(walked: tuple[Experiment, Path], tmp_pat
     """All find the circle, whose ten items fill the list; those that know the order find the next item in it."""
     run, prepared = walked
     config = CONFIGS[kind].model_copy(update=LEARNING)
-    assert run_alone(training(run, config), prepared, tmp_path / kind) == {"error": None}
+    assert run_alone(training(run, config), prepared, tmp_path / kind)["error"] is None
     found = curve(tmp_path / kind / "epoch-18")[-1]
     dataset = Dataset.load(prepared / "dataset")
     targets = held_out(dataset, "validation").targets

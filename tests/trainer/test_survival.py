@@ -87,7 +87,7 @@ def disturbed(cluster: LocalCluster, alone: Job, disk: Path) -> tuple[Job, list[
     checkpoint is damaged, then the disk is full."""
     job = Job(cluster, small("disturbed", disk / "runs"), disk)
     kills = []
-    for what, step in (("worker", 3), ("notice", 8), ("node", 13)):
+    for what, step in (("worker", 5), ("notice", 9), ("node", 13)):
         job.until_step(step)
         kills.append(kill(cluster, job, what, victim=1))
     job.until_step(17)
