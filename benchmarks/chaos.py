@@ -3,10 +3,10 @@
     python -m benchmarks.chaos --kills 3 --seed 0
 
 A Ray cluster of several nodes is started on this machine. On it `ilrec train` runs twice on a small simulated world:
-once left alone, and once disturbed at random moments. A killed node is replaced by another, and so is one that is taken
-after a notice; a killed driver (kill -9) is started again by the same command. The table says what was killed, after
-which step, how long it took until the next step was done, and how many steps had to be done again. Both runs must end
-with the same loss.
+once left alone, and once disturbed at random moments. Before a node is killed, or taken after a notice, another joins;
+a killed driver (kill -9) is started again by the same command. The table says what was killed, after which step, how
+long it took until the next step was done, and how many steps had to be done again. Both runs must end with the same
+loss.
 """
 
 from __future__ import annotations
@@ -151,6 +151,8 @@ def kill(cluster: LocalCluster, job: Job, what: str, victim: int) -> Kill:
     Args:
         victim: which of the workers or nodes.
     """
+    if what in ("node", "notice"):
+        cluster.add_node()  # to spare, as the one is that takes over
     before, step, started = len(job.log), job.step(), time.monotonic()
     if what == "worker":
         cluster.kill_worker(victim)
@@ -165,8 +167,6 @@ def kill(cluster: LocalCluster, job: Job, what: str, victim: int) -> Kill:
     # Workers may say another step or two before they miss the one that is gone; who starts says this first.
     job.until(lambda: _STEP.search(job.log[before:].partition(" steps an epoch on ")[2]))
     seconds = time.monotonic() - started
-    if what in ("node", "notice"):
-        cluster.add_node()  # to spare, as the one was that took over
     since = job.log[before:]
     done = [int(each) for each, _ in _STEP.findall(since.partition(" steps an epoch on ")[0])]
     step = max([step, *done])

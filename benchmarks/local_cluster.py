@@ -12,8 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -81,8 +81,9 @@ class LocalCluster:
 
     def add_node(self) -> None:
         """Join a further node."""
-        self._nodes.append(self._start_node())
-        self._wait_for(len(self._started))
+        with self._training_paused():
+            self._nodes.append(self._start_node())
+            self._wait_for(len(self._started))
 
     def wait_for_no_worker(self) -> None:
         """Return when no training worker is left.
@@ -118,7 +119,8 @@ class LocalCluster:
         [[identity]] = [re.findall(r"--node_id=(\w+)", " ".join(each.cmdline())) for each in raylets]
         command = [*_RAY, "drain-node", f"--address={self._address}", f"--node-id={identity}"]
         command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=reclaimed"]
-        subprocess.run([*command, f"--deadline-remaining-seconds={notice}"], env=self._environment, check=True)
+        with self._training_paused():
+            subprocess.run([*command, f"--deadline-remaining-seconds={notice}"], env=self._environment, check=True)
         deadline = time.monotonic() + notice
         while node in [each for each, _ in self._training()]:
             if time.monotonic() > deadline:
@@ -131,6 +133,18 @@ class LocalCluster:
         """One of the nodes with a training worker on it."""
         nodes = [node for node, _ in self._training()]
         return nodes[number % len(nodes)]
+
+    @contextmanager
+    def _training_paused(self) -> Iterator[None]:
+        """Stop the training workers' processes meanwhile: Ray's commands take seconds, in which a small run would end."""
+        workers = [psutil.Process(pid) for _, pid in self._training()]
+        for worker in workers:
+            worker.suspend()
+        try:
+            yield
+        finally:
+            for worker in workers:
+                worker.resume()
 
     def _training(self) -> list[tuple[subprocess.Popen[bytes], int]]:
         """The nodes that training workers run on, and the workers' process ids."""
