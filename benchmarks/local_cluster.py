@@ -136,7 +136,7 @@ class LocalCluster:
 
     @contextmanager
     def _training_paused(self) -> Iterator[None]:
-        """Stop the training workers' processes meanwhile: Ray's commands take seconds, in which a small run would end."""
+        """Let training stand still meanwhile: Ray's commands take seconds, in which a small run would end."""
         workers = [psutil.Process(pid) for _, pid in self._training()]
         for worker in workers:
             worker.suspend()

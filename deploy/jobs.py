@@ -9,6 +9,7 @@ import secrets
 import shlex
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -170,13 +171,16 @@ def packed(experiment: Experiment, values: Mapping[str, Any], wheel: Path | None
     """The directory that travels, while the block runs: the code, and the config as `experiment.yaml`.
 
     Raises:
-        UserError: the config has paths of this machine, there is no code to send or too much of it.
+        UserError: the config has paths of this machine, there is no code to send or too much of it, or that code does
+            not know the config.
     """
     check_paths(values, experiment.cluster.storage)
     with tempfile.TemporaryDirectory(prefix="ilrec-") as staging:
         directory = Path(staging)
         _copy_code(wheel, directory)
         (directory / "experiment.yaml").write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+        if wheel is not None:
+            _check_reads_config(wheel, directory)
         say(f"{_checked_size(directory) / 2**20:.1f} MB of code travel from {wheel or _CHECKOUT}")
         yield directory
 
@@ -222,6 +226,18 @@ def _copy_code(wheel: Path | None, directory: Path) -> None:
             shutil.copytree(
                 package.parent, directory / package.parent.name, ignore=shutil.ignore_patterns("__pycache__")
             )
+
+
+def _check_reads_config(wheel: Path, directory: Path) -> None:
+    """Let a wheel's code, unpacked in `directory`, read the config there: it may be of another version than ours."""
+    read = "from pathlib import Path; from trainer.experiment import load_experiment as r; r(Path('experiment.yaml'))"
+    environment = os.environ | {"PYTHONPATH": str(directory)}
+    done = subprocess.run([sys.executable, "-c", read], cwd=directory, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(
+            f"--wheel {wheel}: its version cannot read this config; make the wheel anew, or leave out what it does not "
+            f"know:\n{done.stderr.partition('UserError: ')[2] or done.stderr}".rstrip()
+        )
 
 
 def _checked_size(directory: Path) -> int:

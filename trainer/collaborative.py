@@ -19,6 +19,7 @@ from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.launch import Trained, run_to_best, torch_trainer
 from trainer.prepare import Say
+from trainer.tracking import tracked
 
 
 def ensure_collaborative(experiment: Experiment, prepared: Path, say: Say = print) -> Path:
@@ -101,7 +102,8 @@ def fit_collaborative(run: Experiment, dataset: Dataset, prepared: Path, say: Sa
     """Train a run's collaborative recommender on the connected Ray and write the best epoch as a bundle."""
     run.run_dir.mkdir(parents=True, exist_ok=True)
     log = run.run_dir / "train.log"
-    trained = run_to_best(torch_trainer(run, prepared, log, train_worker), log, say, TOO_LARGE)
+    with tracked(run):
+        trained = run_to_best(torch_trainer(run, prepared, log, train_worker), log, say, TOO_LARGE)
     return export_collaborative(run, dataset, trained)
 
 

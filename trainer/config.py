@@ -157,7 +157,7 @@ class WandbConfig(StrictModel):
 
 
 class TrackingConfig(StrictModel):
-    """Where curves go besides TensorBoard's files. Each needs its package: pip install mlflow, pip install wandb."""
+    """Where curves go besides TensorBoard's files. Each needs its package: mlflow-skinny, wandb."""
 
     mlflow: MLflowConfig | None = None
     wandb: WandbConfig | None = None

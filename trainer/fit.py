@@ -27,7 +27,7 @@ from trainer.launch import run_to_best, torch_trainer
 from trainer.prepare import Say
 from trainer.report import write_report
 from trainer.run import check_claim, claim, pruned
-from trainer.tracking import check_tracking
+from trainer.tracking import check_tracking, tracked
 from trainer.worker import TOO_LARGE, starting_backbone
 
 
@@ -72,7 +72,8 @@ def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool 
 def _fit_language_model(experiment: Experiment, prepared: Path, collaborative: Path | None, say: Say) -> Path:
     log = experiment.run_dir / "train.log"
     trainer = torch_trainer(experiment, prepared, log, collaborative=collaborative)
-    trained = run_to_best(trainer, log, say, TOO_LARGE)
+    with tracked(experiment):
+        trained = run_to_best(trainer, log, say, TOO_LARGE)
     return export(experiment, prepared, trained.checkpoint, trained.metrics, trained.history)
 
 

@@ -28,7 +28,6 @@ from trainer.experiment import Experiment
 from trainer.prepare import Say
 from trainer.run import CHECKPOINTS, FAILURE
 from trainer.storage import SELECTION, drop_damaged
-from trainer.tracking import open_runs
 from trainer.worker import train_worker
 
 
@@ -154,12 +153,7 @@ def torch_trainer(
     collaborative: Path | None = None,
     callbacks: Sequence[RayTrainCallback] = (),
 ) -> TorchTrainer:
-    """The Ray Train job of an experiment: `worker` on every rank, `callbacks` in its controller.
-
-    Raises:
-        UserError: see `open_runs`.
-    """
-    open_runs(experiment)
+    """The Ray Train job of an experiment: `worker` on every rank, `callbacks` in its controller."""
     cluster = experiment.cluster
     workers: Any = cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers)
     resources = {"CPU": cluster.cpus_per_worker}

@@ -10,7 +10,8 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -78,19 +79,36 @@ def check_tracking(tracking: TrackingConfig) -> None:
     Raises:
         UserError: a package or a key is missing.
     """
-    for name in ("mlflow", "wandb"):
+    for name, package in (("mlflow", "mlflow-skinny"), ("wandb", "wandb")):  # MLflow's client, and not its server
         if getattr(tracking, name) is not None and find_spec(name) is None:
-            raise UserError(f"tracking.{name}: the package is missing: pip install {name}")
+            raise UserError(f"tracking.{name}: the package is missing: pip install {package}")
     if tracking.wandb is not None and tracking.wandb.mode == "online" and not os.environ.get("WANDB_API_KEY"):
         raise UserError("tracking.wandb: mode online takes its key from WANDB_API_KEY, which is not set")
 
 
-def open_runs(experiment: Experiment) -> None:
-    """Open a run of the experiment's name at each service, unless it was opened before. On the driver.
+@contextmanager
+def tracked(experiment: Experiment) -> Iterator[None]:
+    """Train in the block, on the driver: runs are open at each service, and do not seem to go on where training fails.
 
     Raises:
         UserError: a package or a key is missing, or MLflow does not answer.
     """
+    open_runs(experiment)
+    try:
+        yield
+    except BaseException as error:
+        if experiment.tracking.mlflow is not None:
+            _end_mlflow_run(experiment, "FAILED" if isinstance(error, Exception) else "KILLED")
+        raise
+
+
+def open_runs(experiment: Experiment) -> None:
+    """Open a run of the experiment's name at each service, unless it was opened before.
+
+    Raises:
+        UserError: a package or a key is missing, or MLflow does not answer.
+    """
+    _send_nothing_else()
     tracking, path = experiment.tracking, experiment.run_dir / TRACKING
     check_tracking(tracking)
     ids: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
@@ -104,7 +122,6 @@ def open_runs(experiment: Experiment) -> None:
 
 
 def _new_mlflow_run(experiment: Experiment) -> str:
-    _send_nothing_else()
     from mlflow import MlflowClient
     from mlflow.entities import Param
 
@@ -123,6 +140,16 @@ def _new_mlflow_run(experiment: Experiment) -> str:
     return str(run.info.run_id)
 
 
+def _end_mlflow_run(experiment: Experiment, status: str) -> None:
+    """Say that training is over; why it failed matters more than that MLflow does not answer."""
+    from mlflow import MlflowClient
+
+    assert experiment.tracking.mlflow is not None
+    with suppress(Exception):
+        run = json.loads((experiment.run_dir / TRACKING).read_text())["mlflow"]
+        MlflowClient(experiment.tracking.mlflow.uri).set_terminated(run, status)
+
+
 def _settings(experiment: Experiment) -> list[tuple[str, Any]]:
     sections = experiment.model_dump(mode="json", include=set(_SETTINGS))
     return [(f"{section}.{name}", value) for section, values in sections.items() for name, value in values.items()]
@@ -134,6 +161,7 @@ class _MLflow:
 
         assert experiment.tracking.mlflow is not None
         self._client, self._run = MlflowClient(experiment.tracking.mlflow.uri), run
+        self._client.update_run(run, "RUNNING")  # again, where it failed before
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric

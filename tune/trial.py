@@ -20,6 +20,7 @@ from trainer.config import LanguageModelConfig
 from trainer.experiment import Experiment
 from trainer.launch import run_to_best, torch_trainer
 from trainer.run import FAILURE
+from trainer.tracking import tracked
 from tune.callbacks import EpochReports, StopOnRequest
 from tune.files import FAILED, FINISHED, PARAMETERS, STOP
 from tune.space import trial_experiment
@@ -73,8 +74,6 @@ def run_trial(
             history = _train(trial, directory, Path(prepared), Path(collaborative) if collaborative else None)
             (directory / FINISHED).write_text(json.dumps(history, indent=2))
     except Exception as error:
-        if (directory / STOP).exists():
-            sys.exit(0)
         (directory / FAILED).write_text(str(error))
         raise
     finally:
@@ -130,4 +129,10 @@ def _train(trial: Experiment, directory: Path, prepared: Path, collaborative: Pa
         rewards, loop, too_large = None, collaborative_worker.train_worker, collaborative_worker.TOO_LARGE
     callbacks = [EpochReports(), StopOnRequest(directory / STOP)]
     job = torch_trainer(trial, prepared, log, loop, rewards, callbacks)
-    return run_to_best(job, log, lambda line: None, too_large).history
+    with tracked(trial):
+        try:
+            return run_to_best(job, log, lambda line: None, too_large).history
+        except Exception:  # of which kind depends on what the end interrupted
+            if (directory / STOP).exists():
+                sys.exit(0)
+            raise

@@ -25,7 +25,7 @@ import yaml
 from deploy import client, jobs
 from recommender.errors import UserError
 from trainer.cluster import check_address
-from trainer.experiment import Experiment, read_values
+from trainer.experiment import Experiment, load_experiment, read_values
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "0123456789abcdef0123456789abcdef"
@@ -284,3 +284,31 @@ def test_a_wheel_travels_instead(tmp_path: Path) -> None:
     wheel.write_text("no archive")
     with pytest.raises(UserError, match="no wheel"):
         jobs._copy_code(wheel, tmp_path / "out")
+
+
+def test_a_config_that_the_wheel_cannot_read_is_refused(tmp_path: Path, tiny_experiment: Experiment) -> None:
+    """A wheel of an older version, without a field of today's."""
+    wheel = tmp_path / "ilrec-0.0.9-py3-none-any.whl"
+    (tmp_path / "code").mkdir()
+    jobs._copy_code(None, tmp_path / "code")
+    config = tmp_path / "code" / "trainer" / "config.py"
+    assert "checkpoint_every" in config.read_text()
+    config.write_text(config.read_text().replace("checkpoint_every", "save_every"))
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in (tmp_path / "code").rglob("*.py"):
+            archive.write(path, path.relative_to(tmp_path / "code"))
+    values = {"name": "my", "world": {}, "cluster": {"storage": "/mnt/runs"}}
+    with jobs.packed(load(values, tmp_path), values, wheel, print):
+        pass
+    values["training"] = {"checkpoint_every": 2}
+    with (
+        pytest.raises(UserError, match=r"0\.0\.9.*cannot read this config(.|\n)*training\.checkpoint_every"),
+        jobs.packed(load(values, tmp_path), values, wheel, print),
+    ):
+        pass
+
+
+def load(values: dict[str, Any], directory: Path) -> Experiment:
+    path = directory / "my.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return load_experiment(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from trainer.curves import Curves
 from trainer.experiment import Experiment, load_experiment
 from trainer.run import TRACKING
 from trainer.simulator_config import WorldConfig
-from trainer.tracking import Tracking, check_tracking, open_runs
+from trainer.tracking import Tracking, check_tracking, open_runs, tracked
 
 
-def tracked(directory: Path, **services: Any) -> Experiment:
+def experiment(directory: Path, **services: Any) -> Experiment:
     return Experiment(
         name="tracked",
         world=WorldConfig(),
@@ -38,12 +40,34 @@ def train_twice(run: Experiment) -> None:
     curves.close()
 
 
-def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path) -> None:
+def mlflow_run(directory: Path) -> tuple[Experiment, Callable[[], tuple[Any, Any]]]:
+    """A tracked experiment, and what MLflow has of it: a client and the run."""
     mlflow = pytest.importorskip("mlflow", reason="needs mlflow, which is optional")
-    run = tracked(tmp_path, mlflow={"uri": f"sqlite:///{tmp_path}/ml.db"})
+    pytest.importorskip("sqlalchemy", reason="needs sqlalchemy, for a database of MLflow's")
+    uri = f"sqlite:///{directory}/ml.db"
+
+    def found() -> tuple[Any, Any]:
+        client = mlflow.MlflowClient(uri)
+        [run] = client.search_runs([client.get_experiment_by_name("ilrec").experiment_id])
+        return client, run
+
+    return experiment(directory, mlflow={"uri": uri}), found
+
+
+def test_a_run_that_fails_or_is_stopped_does_not_seem_to_go_on(tmp_path: Path) -> None:
+    run, found = mlflow_run(tmp_path)
+    for error, status in ((UserError("out of memory"), "FAILED"), (SystemExit(0), "KILLED")):
+        with suppress(type(error)), tracked(run):
+            Tracking(run, pytest.fail)
+            assert found()[1].info.status == "RUNNING"
+            raise error
+        assert found()[1].info.status == status
+
+
+def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path) -> None:
+    run, ask = mlflow_run(tmp_path)
     train_twice(run)
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/ml.db")
-    [found] = client.search_runs([client.get_experiment_by_name("ilrec").experiment_id])
+    client, found = ask()
     assert found.info.run_name == "tracked"
     assert found.info.status == "FINISHED"
     assert found.data.params["objective.kind"] == "ilrec"
@@ -53,7 +77,7 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path) -> None:
 
 def test_a_resumed_run_goes_on_in_the_same_offline_wandb_run(tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="needs wandb, which is optional")
-    run = tracked(tmp_path, wandb={})
+    run = experiment(tmp_path, wandb={})
     train_twice(run)
     name = json.loads((run.run_dir / TRACKING).read_text())["wandb"]
     assert list((run.run_dir / "wandb").glob(f"offline-run-*-{name}/*.wandb"))
@@ -63,7 +87,7 @@ def test_a_resumed_run_goes_on_in_the_same_offline_wandb_run(tmp_path: Path) -> 
 def test_a_missing_package_is_named_before_anything_starts(tmp_path: Path, name: str, values: dict[str, str]) -> None:
     if find_spec(name) is not None:
         pytest.skip(f"{name} is installed")
-    run = tracked(tmp_path, **{name: values})
+    run = experiment(tmp_path, **{name: values})
     with pytest.raises(UserError, match=f"tracking.{name}: the package is missing: pip install {name}"):
         check_tracking(run.tracking)
     with pytest.raises(UserError, match="is missing"):
@@ -72,7 +96,7 @@ def test_a_missing_package_is_named_before_anything_starts(tmp_path: Path, name:
 
 
 def test_a_service_that_fails_does_not_stop_training(tmp_path: Path) -> None:
-    run = tracked(tmp_path, mlflow={"uri": "sqlite:////nowhere/at/all.db"})
+    run = experiment(tmp_path, mlflow={"uri": "sqlite:////nowhere/at/all.db"})
     run.run_dir.mkdir()
     (run.run_dir / TRACKING).write_text('{"mlflow": "1"}')
     said: list[str] = []
@@ -88,7 +112,7 @@ def test_wandb_online_needs_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pytest.importorskip("wandb", reason="needs wandb, which is optional")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(UserError, match="WANDB_API_KEY"):
-        check_tracking(tracked(tmp_path, wandb={"mode": "online"}).tracking)
+        check_tracking(experiment(tmp_path, wandb={"mode": "online"}).tracking)
 
 
 def test_a_password_is_refused_and_not_repeated(tmp_path: Path) -> None:
