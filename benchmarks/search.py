@@ -46,11 +46,12 @@ from benchmarks.timing import in_turns, milliseconds, ratio
 from recommender.backbone import Backbone
 from recommender.config import SearchConfig
 from recommender.errors import UserError
+from recommender.frontier import Ranking
 from recommender.metrics import metric_values
 from recommender.prefixes import Prefixes
 from recommender.recommender import Recommender
 from recommender.scoring import CandidateScorer
-from recommender.search import Ranking, TreeSearch
+from recommender.search import TreeSearch
 from recommender.trie import RadixTrie
 from trainer.data.dataset import Dataset
 from trainer.ranking import held_out

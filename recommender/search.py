@@ -21,16 +21,19 @@ first.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from recommender.appended_tree import AppendedTree
 from recommender.cache import TreeCache
 from recommender.config import Score, SearchConfig
+from recommender.filters import Allowed, Filter
+from recommender.frontier import NOTHING, Answers, Ranking, Rows, decoded, keys_of, place_in_row, selected
 from recommender.prefill import prefill
 from recommender.prefixes import Prefixes
 from recommender.ragged import ragged
@@ -39,34 +42,10 @@ from recommender.trie import Below, RadixTrie, TrieTensors
 if TYPE_CHECKING:
     from recommender.backbone import Backbone
 
-Filter = Sequence[Collection[int] | np.ndarray | None]  # items, for each history
-
-_State = TypeVar("_State", "_Rows", "_Step")
-
 HEADROOM = 128  # slots of a cache row for what a search appends, before it has to grow
-_NOTHING = torch.iinfo(torch.int64).min  # the key of an empty place: below every real key
-_LOW = 0x7FFFFFFF
 _FURTHER = 32  # nodes, the largest below an open one, that compete with the open ones
 _LOGITS_AT_ONCE = 2**26  # elements of one block of logits
 _FEW = 8  # times as fast are the logits of all tokens as those of single ones, each
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """The answer for one history.
-
-    Attributes
-    ----------
-    items : int32 [<= k], item indices, best first
-    scores : float32 [<= k], their sums of log-probabilities
-    exact : whether this is proven to be the true top-k of the allowed items
-    expansions : nodes that were run through the backbone after the prompt
-    """
-
-    items: np.ndarray
-    scores: np.ndarray
-    exact: bool
-    expansions: int
 
 
 class TreeSearch:
@@ -125,10 +104,11 @@ class TreeSearch:
             return []
         if self.backbone.model.training:
             raise RuntimeError("dropout would falsify the scores: call model.eval() before a search")
-        rows = self._open_rows(prompts, k, self._allowed(len(prompts), exclude, allow))
-        answers = _Answers(rows)
+        allowed = Allowed.of(self._leaf_of_item, len(prompts), exclude, allow, self.backbone.device)
+        rows = self._open_rows(prompts, k, allowed)
+        answers = Answers(rows)
         run = prefill(self.backbone, [np.asarray(p, np.int32) for p in prompts], self.prefixes, HEADROOM)
-        rows, cache, tree = _selected(rows, run.order), run.cache, _AppendedTree(self.backbone.device)
+        rows, cache, tree = selected(rows, run.order), run.cache, AppendedTree(self.backbone.device)
         self._expand_root(rows, run.hidden)
         while True:
             step = self._choose(rows)
@@ -137,7 +117,7 @@ class TreeSearch:
             if (len(rows) - step.rows_alive) * step.longest > step.rows_alive:
                 answers.store(rows)
                 alive = torch.nonzero(step.take).squeeze(1)
-                rows, step = _selected(rows, alive), _selected(step, alive)
+                rows, step = selected(rows, alive), selected(step, alive)
                 cache.keep_rows(alive)
             self._expand(rows, step, cache, tree)
         answers.store(rows)
@@ -152,8 +132,8 @@ class TreeSearch:
     # ------------------------------------------------------------------------------------------------- the steps
 
     def _open_rows(
-        self, prompts: Sequence[np.ndarray | Sequence[int]], k: int | Sequence[int], allowed: _Allowed | None
-    ) -> _Rows:
+        self, prompts: Sequence[np.ndarray | Sequence[int]], k: int | Sequence[int], allowed: Allowed | None
+    ) -> Rows:
         device, count = self.backbone.device, len(prompts)
         ks = [k] * count if isinstance(k, int) else list(k)
         if len(ks) != count or min(ks) < 1:
@@ -165,8 +145,8 @@ class TreeSearch:
         if allowed is not None:
             row, all_leaves = torch.arange(count, device=device), torch.full((count,), self.items, device=device)
             wanted = torch.minimum(wanted, allowed.within(row, torch.zeros_like(row), all_leaves))
-        empty = torch.full((count, 1), _NOTHING, device=device)
-        return _Rows(
+        empty = torch.full((count, 1), NOTHING, device=device)
+        return Rows(
             index=torch.arange(count, device=device),
             prompt_length=torch.tensor(lengths, device=device),
             wanted=wanted,
@@ -179,28 +159,7 @@ class TreeSearch:
             allowed=allowed,
         )
 
-    def _allowed(self, count: int, exclude: Filter | None, allow: Filter | None) -> _Allowed | None:
-        """The filters of a batch of `count` histories, or None where there are none."""
-        exclude, allow = exclude or [()] * count, allow or [None] * count
-        if len(exclude) != count or len(allow) != count:
-            raise ValueError(f"filters must be given for each of the {count} prompts")
-        if not any(map(_size, exclude)) and all(only is None for only in allow):
-            return None
-        keys = []
-        for row, (left_out, only) in enumerate(zip(exclude, allow, strict=True)):
-            leaves = np.unique(self._leaves(left_out))
-            if only is not None:
-                leaves = np.setdiff1d(self._leaves(only), leaves)
-            keys.append(leaves + row * self.items)
-        device = self.backbone.device
-        lists_allowed = torch.tensor([only is not None for only in allow], device=device)
-        return _Allowed(self.items, lists_allowed, torch.from_numpy(np.concatenate(keys)).to(device))
-
-    def _leaves(self, items: Collection[int] | np.ndarray | None) -> np.ndarray:
-        listed = items if isinstance(items, np.ndarray) else list(items or ())
-        return self._leaf_of_item[np.asarray(listed, np.int64)].astype(np.int64)
-
-    def _expand_root(self, rows: _Rows, hidden: torch.Tensor) -> None:
+    def _expand_root(self, rows: Rows, hidden: torch.Tensor) -> None:
         """Score the root's children after the prompts."""
         count, device = len(rows), rows.index.device
         roots = torch.zeros(count, dtype=torch.int64, device=device)
@@ -212,7 +171,7 @@ class TreeSearch:
         sizes = _Sizes(entries=count * self.root_children, widest=self.root_children)
         self._receive(rows, nodes, sizes, hidden, logits)
 
-    def _choose(self, rows: _Rows) -> _Step | None:
+    def _choose(self, rows: Rows) -> _Step | None:
         """The best nodes of each row that could still change its answer. The one wait for the device per step.
 
         A node that is not open has the open one above it chosen as well, and all between: it has fewer leaves.
@@ -223,7 +182,7 @@ class TreeSearch:
         above, live = rows.open_node[:, :width], live[:, :width, None]
         place = torch.arange(min(width, _FURTHER) if self.config.mode == "exact" else 1, device=above.device)
         at = (below.start[above][..., None] + place).clamp(max=len(below.node) - 1)
-        score, bar_score = _decode(rows.open_key[:, :width])[0], _decode(bar)[0]
+        score, bar_score = decoded(rows.open_key[:, :width])[0], decoded(bar)[0]
         estimate = score[..., None] + below.log_share[at]
         is_further = (place < below.count[above][..., None]) & ~(estimate <= bar_score[:, None, None])
         if rows.allowed is not None:
@@ -250,14 +209,14 @@ class TreeSearch:
         among_open, sizes = order // len(place), _Sizes(entries, widest)
         return _Step(take, node, levels, among_open, rows_alive, nodes, deepest, tokens, longest, sizes)
 
-    def _expand(self, rows: _Rows, step: _Step, cache: TreeCache, tree: _AppendedTree) -> None:
+    def _expand(self, rows: Rows, step: _Step, cache: TreeCache, tree: AppendedTree) -> None:
         """Append the chains of the chosen nodes and score what follows them."""
         nodes = self._pop(rows, step, tree)
         length, start = self.expansion.sizes[nodes.node, 0], self.trie.chain_start[nodes.node]
         above = self.trie.depth[self.trie.parent[nodes.node]]
         owner, place = ragged(length, step.tokens)
         row = nodes.row[owner]
-        slot = _place_in_row(row, len(rows))
+        slot = place_in_row(row, len(rows))
         tokens = self.trie.leaf_tokens[start[owner] + place].long()
 
         input_ids = tokens.new_zeros(len(rows), step.longest)
@@ -265,7 +224,10 @@ class TreeSearch:
         position_ids = torch.zeros_like(input_ids)
         position_ids[row, slot] = rows.prompt_length[row] + above[owner] + place
         last = length.cumsum(0) - 1
-        mask = tree.append(rows, nodes, owner, row, slot, slot - place, last, step.longest, cache.get_seq_length())
+        mask = tree.append(
+            rows.prompt_length, nodes.parent, nodes.deepest, owner, row, slot, slot - place, last, step.longest,
+            cache.get_seq_length(),
+        )  # fmt: skip
         hidden = self.backbone.hidden(input_ids, mask, position_ids, cache)[row, slot]
 
         if self.config.score == "valid":
@@ -276,12 +238,12 @@ class TreeSearch:
             chains = _Chains(last, length, following, chain_left > 0)
             self._receive(rows, nodes, step.sizes, hidden, chains=chains)
 
-    def _pop(self, rows: _Rows, step: _Step, tree: _AppendedTree) -> _Nodes:
+    def _pop(self, rows: Rows, step: _Step, tree: AppendedTree) -> _Nodes:
         """Take the chosen nodes out of their rows."""
         row, rank = ragged(step.take, step.nodes)
         node, place = step.node[row, rank], step.place[row, rank]
         is_open = step.levels[row, rank] == 0
-        score, _ = _decode(rows.open_key[row, place])
+        score, _ = decoded(rows.open_key[row, place])
         parent = rows.open_parent[row, place]
         above = torch.zeros_like(node)
         if step.deepest:
@@ -289,14 +251,14 @@ class TreeSearch:
             first = step.take.cumsum(0) - step.take
             above = torch.where(is_open, 0, first[row] + is_parent.int().argmax(2)[row, rank])
             parent = torch.where(is_open, parent, tree.expansions + above)
-        rows.open_key = rows.open_key.index_put((row, place), torch.full_like(row, _NOTHING))
+        rows.open_key = rows.open_key.index_put((row, place), torch.full_like(row, NOTHING))
         rows.expansions = rows.expansions + step.take
         expansion = tree.expansions + torch.arange(step.nodes, device=row.device)
         return _Nodes(row, node, score, expansion, parent, is_open, above, step.deepest)
 
     def _receive(
         self,
-        rows: _Rows,
+        rows: Rows,
         nodes: _Nodes,
         sizes: _Sizes,
         hidden: torch.Tensor,
@@ -339,14 +301,14 @@ class TreeSearch:
         for _ in range(nodes.deepest):
             arrived = torch.where(nodes.is_open, nodes.score, score[nodes.above] + step_score[step_of])
             score = arrived if chain_score is None else arrived + chain_score
-        key = _keys(score[owner] + step_score, self.trie.first_item[entry])
+        key = keys_of(score[owner] + step_score, self.trie.first_item[entry])
         if nodes.deepest:
-            key = torch.cat([key, key[:1]]).index_fill(0, at, _NOTHING)[:-1]
+            key = torch.cat([key, key[:1]]).index_fill(0, at, NOTHING)[:-1]
 
         row = nodes.row[owner]
         if rows.allowed is not None:
             below = rows.allowed.within(rows.index[row], self.trie.lo[entry], self.trie.hi[entry])
-            key = torch.where(below > 0, key, _NOTHING)
+            key = torch.where(below > 0, key, NOTHING)
         is_finished = of_leaf | self.expansion.finished_at_sight[entry]
         limit = self.config.node_budget if self.config.mode == "exact" else self.config.width
         rows.add(row, key, entry, nodes.expansion[owner], is_finished, sizes.widest, limit)
@@ -376,7 +338,7 @@ class TreeSearch:
         return picked, torch.cat(norms) if normalise else picked
 
 
-# ------------------------------------------------------------------------------------------------ what a search holds
+# -------------------------------------------------------------------------------------------------- what a step holds
 
 
 @dataclass(frozen=True)
@@ -444,197 +406,6 @@ class _Chains:
     length: torch.Tensor  # [N]
     following: torch.Tensor  # [tokens], the next token of the chain
     is_scored: torch.Tensor  # [tokens], False where the chain ends
-
-
-@dataclass
-class _Rows:
-    """The state of each history. Places are filled with keys, best first: see `_keys`."""
-
-    index: torch.Tensor  # [R], its place in the caller's batch
-    prompt_length: torch.Tensor  # [R]
-    wanted: torch.Tensor  # [R], items that the answer will have
-    finished: torch.Tensor  # [R, K] keys
-    open_key: torch.Tensor  # [R, M]
-    open_node: torch.Tensor  # [R, M]
-    open_parent: torch.Tensor  # [R, M], ordinal of the parent's expansion
-    dropped: torch.Tensor  # [R], the best key that was ever dropped for want of places
-    expansions: torch.Tensor  # [R]
-    allowed: _Allowed | None  # by `index`
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def last_wanted(self) -> torch.Tensor:
-        """[R], the key that an open node has to beat. Nothing is beaten where nothing is wanted."""
-        key = self.finished.gather(1, (self.wanted - 1).clamp(min=0)[:, None]).squeeze(1)
-        return torch.where(self.wanted > 0, key, torch.iinfo(torch.int64).max)
-
-    def is_exact(self) -> torch.Tensor:
-        return torch.maximum(self.open_key[:, 0], self.dropped) <= self.last_wanted()
-
-    def keep_open(self, places: int) -> None:
-        self.open_key, self.open_node = self.open_key[:, :places], self.open_node[:, :places]
-        self.open_parent = self.open_parent[:, :places]
-
-    def add(
-        self,
-        row: torch.Tensor,
-        key: torch.Tensor,
-        node: torch.Tensor,
-        parent: torch.Tensor,
-        is_finished: torch.Tensor,
-        widest: int,
-        limit: int,
-    ) -> None:
-        """Merge entries, given row by row, into the finished items and the at most `limit` open nodes."""
-        place = _place_in_row(row, len(self))
-
-        def spread(values: torch.Tensor, fill: int) -> torch.Tensor:
-            return values.new_full((len(self), widest), fill).index_put_((row, place), values)
-
-        finished = torch.cat([self.finished, spread(torch.where(is_finished, key, _NOTHING), _NOTHING)], 1)
-        self.finished = finished.topk(self.finished.shape[1], dim=1).values
-        keys = torch.cat([self.open_key, spread(torch.where(is_finished, _NOTHING, key), _NOTHING)], 1)
-        keys, order = keys.topk(min(limit + 1, keys.shape[1]), dim=1)
-        if keys.shape[1] > limit:
-            self.dropped = torch.maximum(self.dropped, keys[:, limit])
-        order = order[:, :limit]
-        self.open_key = keys[:, :limit]
-        self.open_node = torch.cat([self.open_node, spread(node, 0)], 1).gather(1, order)
-        self.open_parent = torch.cat([self.open_parent, spread(parent, 0)], 1).gather(1, order)
-
-
-@dataclass(frozen=True)
-class _Allowed:
-    """The filters of a batch: each row lists the leaves that it allows, or those that it leaves out."""
-
-    items: int
-    lists_allowed: torch.Tensor  # bool [R]
-    keys: torch.Tensor  # int64, rising: row · items + leaf of every listed leaf
-
-    def within(self, row: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor) -> torch.Tensor:
-        """How many of the leaves lo … hi − 1 are allowed: int64 [N]."""
-        start = row * self.items
-        listed = torch.searchsorted(self.keys, start + hi) - torch.searchsorted(self.keys, start + lo)
-        return torch.where(self.lists_allowed[row], listed, hi - lo - listed)
-
-
-class _AppendedTree:
-    """Which appended cache slots the last token of each expansion sees; expansion 0 is the root, which sees none."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.expansions = 1
-        self.slots = 0
-        self.visible = torch.zeros(1, 0, dtype=torch.bool, device=device)
-
-    def append(
-        self,
-        rows: _Rows,
-        nodes: _Nodes,
-        owner: torch.Tensor,
-        row: torch.Tensor,
-        slot: torch.Tensor,
-        first_slot: torch.Tensor,
-        last: torch.Tensor,
-        longest: int,
-        filled: int,
-    ) -> torch.Tensor:
-        """Register tokens [T] (whose chain, their row, slot among the new ones, first slot of their chain).
-
-        `last` [N] is each chain's last token, `longest` the number of new slots, `filled` the slots before them.
-        Returns bool [rows, 1, longest, filled + longest]: a token sees its prompt, its ancestors and itself; a padding
-        slot sees the prompt.
-        """
-        end = self.slots + longest
-        self._reserve(self.expansions + len(last), end)
-        new = torch.arange(longest, device=row.device)
-        chain = (new >= first_slot[:, None]) & (new <= slot[:, None])
-        for _ in range(nodes.deepest + 1):  # parents of the same step first
-            sees = self.visible[nodes.parent, :end]
-            sees[:, self.slots :] |= chain[last]
-            self.visible[self.expansions : self.expansions + len(last), :end] = sees
-        sees = self.visible[nodes.parent[owner], :end]
-        sees[:, self.slots :] |= chain
-
-        prompt = filled - self.slots
-        mask = torch.zeros(len(rows), longest, filled + longest, dtype=torch.bool, device=row.device)
-        mask[:, :, :prompt] = (torch.arange(prompt, device=row.device) < rows.prompt_length[:, None])[:, None]
-        mask.view(-1, filled + longest)[row * longest + slot, prompt:] = sees
-        self.expansions += len(last)
-        self.slots = end
-        return mask[:, None]
-
-    def _reserve(self, expansions: int, slots: int) -> None:
-        have = self.visible.shape
-        if expansions > have[0] or slots > have[1]:
-            larger = self.visible.new_zeros(
-                2 * expansions if expansions > have[0] else have[0], 2 * slots if slots > have[1] else have[1]
-            )
-            larger[: have[0], : have[1]] = self.visible
-            self.visible = larger
-
-
-class _Answers:
-    """Finished rows, in the caller's order."""
-
-    def __init__(self, rows: _Rows) -> None:
-        self.finished = rows.finished.clone()
-        self.wanted = rows.wanted.clone()
-        self.exact = torch.zeros_like(rows.wanted, dtype=torch.bool)
-        self.expansions = rows.expansions.clone()
-
-    def store(self, rows: _Rows) -> None:
-        self.finished[rows.index] = rows.finished
-        self.exact[rows.index] = rows.is_exact()
-        self.expansions[rows.index] = rows.expansions
-
-    def rankings(self) -> list[Ranking]:
-        scores, items = (part.cpu().numpy() for part in _decode(self.finished))
-        found = torch.minimum((self.finished > _NOTHING).sum(1), self.wanted).tolist()
-        exact, expansions = self.exact.tolist(), self.expansions.tolist()
-        rankings = []
-        for row, count in enumerate(found):
-            if np.isnan(scores[row, :count]).any():
-                raise FloatingPointError("the backbone returned NaN logits")
-            ranked = items[row, :count].astype(np.int32)
-            rankings.append(Ranking(ranked, scores[row, :count].copy(), exact[row], expansions[row]))
-        return rankings
-
-
-# ----------------------------------------------------------------------------------------------------- small tools
-
-
-def _selected(state: _State, rows: torch.Tensor) -> _State:
-    """The state of some rows: of all its tensors, which have a place for each."""
-    values = {field.name: getattr(state, field.name) for field in fields(state)}
-    kept: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, torch.Tensor)}
-    return replace(state, **kept)
-
-
-def _size(items: Collection[int] | np.ndarray | None) -> int:
-    return 0 if items is None else len(items)
-
-
-def _keys(scores: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
-    """int64 keys whose order is: higher score first, then lower item index.
-
-    For a node, `items` is the smallest item under it, so that its key bounds the key of every item below it. The upper
-    half is the float32's bits, flipped below zero so that they order as integers; + 0.0 makes one of the two zeros.
-    """
-    bits = (scores + 0.0).view(torch.int32).long()
-    return ((bits ^ ((bits >> 63) & _LOW)) << 32) | (_LOW - items)
-
-
-def _decode(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The float32 scores and the items of keys."""
-    bits = keys >> 32
-    return (bits ^ ((bits >> 63) & _LOW)).to(torch.int32).view(torch.float32), _LOW - (keys & _LOW)
-
-
-def _place_in_row(row: torch.Tensor, rows: int) -> torch.Tensor:
-    """For entries sorted by row: the place of each among its row's."""
-    first = torch.searchsorted(row, torch.arange(rows, device=row.device))
-    return torch.arange(len(row), device=row.device) - first[row]
 
 
 def log_softmax_within(logits: torch.Tensor, counts: torch.Tensor, owner: torch.Tensor) -> torch.Tensor:

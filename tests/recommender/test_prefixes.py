@@ -12,11 +12,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from recommender.config import PromptConfig, SearchConfig
+from recommender.frontier import Ranking
 from recommender.items import ItemSpace
 from recommender.prefill import batches
 from recommender.prefixes import Prefixes
 from recommender.recommender import Recommender
-from recommender.search import Ranking, TreeSearch
+from recommender.search import TreeSearch
 from tests.recommender.test_search import VOCABULARY, Counting, build, catalogue, llama, scaled
 
 Prompt = np.ndarray

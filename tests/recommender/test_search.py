@@ -12,7 +12,8 @@ from transformers import Qwen2ForCausalLM as Qwen2
 from recommender.backbone import Backbone
 from recommender.cache import TreeCache
 from recommender.config import SearchConfig
-from recommender.search import Ranking, TreeSearch
+from recommender.frontier import Ranking
+from recommender.search import TreeSearch
 from recommender.trie import RadixTrie
 
 END, VOCABULARY = 0, 24
