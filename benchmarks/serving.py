@@ -34,6 +34,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import psutil
+import torch
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 from rich.console import Console
@@ -198,6 +199,7 @@ def main() -> None:
 
     console = Console(width=160)
     config = ServingConfig(host=HOST, port=args.port, threads=args.threads)
+    torch.set_num_threads(args.threads)  # of the bare search, as of a replica's
     try:
         recommender = Recommender.load(args.bundle)
         dataset = Dataset.load((args.run or args.bundle.parent) / "prepared" / "dataset")
