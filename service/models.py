@@ -108,7 +108,11 @@ class Models:
             else:
                 self._served, self.failed = loaded, None
                 self.metrics.swap(len(loaded), failed=False)
-            gc.collect()  # what is not served any more; models hold cycles, and their weights would stay for long
+            # What is not served any more goes: models hold cycles, and their weights would stay for long. What is left
+            # is not looked at again, or a full collection would halt a request for some 300 ms now and then.
+            gc.unfreeze()
+            gc.collect()
+            gc.freeze()
 
     def keep(self, reason: str) -> None:
         """Go on with what is served, because of what is wrong with that which was to come.
