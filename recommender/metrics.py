@@ -31,17 +31,24 @@ def metric_values(ranks: np.ndarray, cutoffs: Sequence[int]) -> dict[str, np.nda
     return values
 
 
-def bootstrap_interval(values: np.ndarray, resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` [M] under resampling of targets.
+def bootstrap_interval(
+    values: np.ndarray, users: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of `values` [M] under resampling of users, each with all its targets.
 
     For a paired comparison of two models hand in the per-target differences: an interval without 0 is a difference.
+
+    Args:
+        users: [M]; whose each target is, in any type that can be sorted.
     """
     rng = np.random.default_rng(seed)
-    distinct, counts = np.unique(values, return_counts=True)
-    # Resampling M values of which few differ is a multinomial draw: O(distinct) a resample instead of O(M).
-    draws = rng.multinomial(len(values), counts / len(values), size=resamples)
-    means = draws @ distinct / len(values)
-    low, high = np.percentile(means, [2.5, 97.5])
+    _, user = np.unique(users, return_inverse=True)
+    of_user = np.stack([np.bincount(user, values), np.bincount(user)], axis=1)  # sum and number of each user's values
+    distinct, counts = np.unique(of_user, axis=0, return_counts=True)
+    # Resampling users of whom few differ is a multinomial draw: O(distinct) a resample instead of O(users).
+    draws = rng.multinomial(len(of_user), counts / len(of_user), size=resamples)
+    sums, numbers = (draws @ distinct).T
+    low, high = np.percentile(sums / numbers, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -54,12 +61,14 @@ def popularity_ranks(popularity: np.ndarray, targets: np.ndarray, seen: Sequence
         seen: for each target the items that may not be listed; None = all may be.
 
     Returns:
-        int64 [M]; 1 = first.
+        int64 [M]; 1 = first, 0 = the target itself may not be listed.
     """
     order = np.lexsort((np.arange(len(popularity)), -popularity))
     rank = np.empty(len(popularity), np.int64)
     rank[order] = np.arange(1, len(popularity) + 1)
     ranks = rank[targets]
     if seen is not None:
-        ranks = ranks - np.array([int((rank[np.unique(s)] < r).sum()) for s, r in zip(seen, ranks, strict=True)])
+        above = np.array([int((rank[np.unique(s)] < r).sum()) for s, r in zip(seen, ranks, strict=True)])
+        barred = np.array([bool((s == target).any()) for s, target in zip(seen, targets, strict=True)])
+        ranks = np.where(barred, 0, ranks - above)
     return ranks

@@ -36,8 +36,8 @@ class Report:
         split: "validation" or "test".
         targets: how many were ranked.
         metrics: system ("model", "most_popular") → metric name → mean.
-        intervals: the same, → 95 % bootstrap interval.
-        difference: model − most_popular, → paired 95 % bootstrap interval.
+        intervals: the same, → 95 % interval, from a bootstrap over users.
+        difference: model − most_popular, → paired 95 % interval.
         invalid_rate: share of listed items that do not exist, repeat or were excluded; must be 0.
         exact_rate: share of answers proven to be the true top-K.
         expansions: mean number of trie nodes expanded for an answer.
@@ -101,16 +101,17 @@ def evaluate(
         "model": metric_values(ranking.ranks, config.cutoffs),
         "most_popular": metric_values(popular, config.cutoffs),
     }
+    users = np.array(dataset.users)[dataset.targets[split].sequence[targets.numbers]]
     report = Report(
         split=split,
         targets=len(targets),
         metrics={system: {name: float(v.mean()) for name, v in of.items()} for system, of in values.items()},
         intervals={
-            system: {name: bootstrap_interval(v, config.bootstrap) for name, v in of.items()}
+            system: {name: bootstrap_interval(v, users, config.bootstrap) for name, v in of.items()}
             for system, of in values.items()
         },
         difference={
-            name: bootstrap_interval(v - values["most_popular"][name], config.bootstrap)
+            name: bootstrap_interval(v - values["most_popular"][name], users, config.bootstrap)
             for name, v in values["model"].items()
         },
         invalid_rate=ranking.invalid / (len(targets) * k),
@@ -119,7 +120,7 @@ def evaluate(
         seconds=seconds,
     )
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_per_target(dataset, split, targets, ranking, popular, out_dir / f"{split}.parquet")
+    _write_per_target(dataset, users, targets, ranking, popular, out_dir / f"{split}.parquet")
     (out_dir / f"{split}.json").write_text(json.dumps(vars(report), indent=2))
     return report
 
@@ -204,15 +205,14 @@ class _RankingWorker:
 
 
 def _write_per_target(
-    dataset: Dataset, split: str, targets: HeldOut, ranking: Ranking, popular: np.ndarray, path: Path
+    dataset: Dataset, users: np.ndarray, targets: HeldOut, ranking: Ranking, popular: np.ndarray, path: Path
 ) -> None:
-    sequences = dataset.targets[split].sequence[targets.numbers]
     listed = (ranking.items >= 0) & (ranking.items < len(dataset.item_ids))
     offsets = np.concatenate([[0], np.cumsum(listed.sum(1))]).astype(np.int32)
     items = pa.array(dataset.item_ids).take(pa.array(ranking.items[listed]))
     table = pa.table(
         {
-            "user_id": [dataset.users[s] for s in sequences],
+            "user_id": users,
             "target_item_id": [dataset.item_ids[i] for i in targets.targets],
             "rank": ranking.ranks,
             "exact": ranking.exact,
@@ -236,7 +236,7 @@ def _read_per_target(path: Path) -> pa.Table:
 
 
 def compare(first: Path, second: Path, metric: str = "NDCG@10", resamples: int = 10_000) -> dict[str, Any]:
-    """Paired bootstrap of the difference of two evaluations of the same targets (`<split>.parquet` files).
+    """Paired bootstrap over users of the difference of two evaluations of the same targets (`<split>.parquet` files).
 
     Returns:
         means of both, their difference and its 95 % interval.
@@ -255,5 +255,5 @@ def compare(first: Path, second: Path, metric: str = "NDCG@10", resamples: int =
         "first": float(a.mean()),
         "second": float(b.mean()),
         "difference": float((a - b).mean()),
-        "interval": bootstrap_interval(a - b, resamples),
+        "interval": bootstrap_interval(a - b, tables[0]["user_id"].to_numpy(), resamples),
     }

@@ -144,9 +144,10 @@ def segments(targets: pa.Table) -> Iterator[str]:
         "<p>Targets that training has seen, in thirds: those of rarely bought items (tail) to those of the most "
         "popular (head).</p>"
     )
-    yield figures.intervals(_by_segment(values, by_popularity))
+    users = targets["user_id"].to_numpy()
+    yield figures.intervals(_by_segment(values, users, by_popularity))
     yield "<p>All targets, in thirds by the number of items before them.</p>"
-    yield figures.intervals(_by_segment(values, by_length))
+    yield figures.intervals(_by_segment(values, users, by_length))
 
 
 def thirds(values: np.ndarray, among: np.ndarray, names: Sequence[str], unit: str) -> dict[str, np.ndarray]:
@@ -165,11 +166,12 @@ def thirds(values: np.ndarray, among: np.ndarray, names: Sequence[str], unit: st
 
 
 def _by_segment(
-    values: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray]
+    values: Mapping[str, np.ndarray], users: np.ndarray, masks: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, tuple[float, float, float]]]:
     return {
         f"{label} ({mask.sum():,} targets)": {
-            system: (float(of[mask].mean()), *bootstrap_interval(of[mask])) for system, of in values.items()
+            system: (float(of[mask].mean()), *bootstrap_interval(of[mask], users[mask]))
+            for system, of in values.items()
         }
         for label, mask in masks.items()
     }

@@ -146,6 +146,7 @@ def test_segments_part_the_targets() -> None:
         "most_popular_rank": [9, 9, 1, 1, 1, 1, 1],
         "target_popularity": [0, 1, 1, 2, 5, 8, 9],
         "history_length": [3, 3, 3, 3, 3, 3, 3],
+        "user_id": list("abcdefg"),
     }
     drawings = [ElementTree.fromstring(part) for part in segments(pa.table(columns)) if part.startswith("<svg")]
     labels = [[text.text for text in drawing.findall("text")] for drawing in drawings]
