@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections import defaultdict
+from functools import partial, reduce
 from itertools import islice
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from recommender.catalogue import Catalogue, normalise_title
 
 _WORD = re.compile(r"\w+")
-_MOST_COMPLETIONS = 1000  # words that one which stands alone may grow into
+_MOST_COMPLETIONS = 1000  # words that an unfinished one may grow into before titles are read instead
+_MOST_READ = 10_000  # titles, some 2 µs each; the event loop waits for it
 _LAST = chr(0x10FFFF)
 
 
@@ -46,16 +48,23 @@ class TitleSearch:
 
     def _holding(self, words: list[str]) -> np.ndarray:
         """int32, rising: the items whose titles hold every word, the last of them completed."""
+        nothing = np.empty(0, np.int32)
         if not words:
-            return np.empty(0, np.int32)
+            return nothing
         *whole, prefix = words
         begin, end = bisect_left(self._words, prefix), bisect_left(self._words, prefix + _LAST)
+        few = self._items[begin : min(end, begin + _MOST_COMPLETIONS)]
         if not whole:
-            end = min(end, begin + _MOST_COMPLETIONS)
-        items = np.unique(np.concatenate([np.empty(0, np.int32), *self._items[begin:end]]))
-        for word in whole:
-            at = bisect_left(self._words, word)
-            if at == len(self._words) or self._words[at] != word:
-                return items[:0]
-            items = np.intersect1d(items, self._items[at], assume_unique=True)
-        return items
+            return np.unique(np.concatenate([nothing, *few]))
+        having = [self._having(word) for word in whole]
+        items = reduce(partial(np.intersect1d, assume_unique=True), sorted(having, key=len))
+        if end - begin <= len(few):
+            return np.intersect1d(items, np.concatenate([nothing, *few]))
+        titles = self.catalogue.titles
+        begun = [any(w.startswith(prefix) for w in _WORD.findall(titles[i].casefold())) for i in items[:_MOST_READ]]
+        return items[:_MOST_READ][begun]
+
+    def _having(self, word: str) -> np.ndarray:
+        at = bisect_left(self._words, word)
+        known = at < len(self._words) and self._words[at] == word
+        return self._items[at] if known else np.empty(0, np.int32)
