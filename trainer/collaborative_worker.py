@@ -29,6 +29,7 @@ from recommender.collaborative.recommender import CollaborativeRecommender, buil
 from recommender.errors import UserError
 from recommender.metrics import metric_values
 from trainer import preemption, storage
+from trainer.agreement import agreed
 from trainer.checkpoint import STATE_FILE
 from trainer.config import EvaluationConfig, LanguageModelConfig
 from trainer.curves import Curves
@@ -78,7 +79,8 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
     say = Progress(log, rank)
-    dataset = Dataset.load(prepared / "dataset")
+    with agreed(device):  # a node may lack what others have
+        dataset = Dataset.load(prepared / "dataset")
     windows = TrainingWindows(dataset, config.max_length, config.batch, config.seed)
     torch.manual_seed(config.seed)
     model = build_model(config, len(dataset.item_ids)).to(device)

@@ -33,6 +33,7 @@ from recommender.probe import check_tree, flex_fault
 from recommender.recommender import Recommender, starting_point
 from recommender.tree import Row, collate, padded_length
 from trainer import checkpoint, preemption, storage
+from trainer.agreement import agreed
 from trainer.config import TrainingConfig
 from trainer.curves import Curves
 from trainer.data.dataset import Dataset
@@ -66,8 +67,8 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             `collaborative` (the bundle of the model that rewards come from, or None).
 
     Returns:
-        `error`: what the user has to mend, or None. Such a mistake is the same on every rank, and a restart would only
-        repeat it; so it is returned, and not raised for Ray to try again. `preempted`: whether training has to go on
+        `error`: what the user has to mend, or None. All ranks say the same, and a restart would only repeat it; so it
+        is returned, and not raised for Ray to try again. `preempted`: whether training has to go on
         elsewhere.
     """
     try:
@@ -91,23 +92,23 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
     rank, world = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
     say = Progress(log, rank)
-    dataset, space = Dataset.load(prepared / "dataset"), ItemSpace.load(prepared / "items")
-
-    backbone = starting_backbone(experiment, space)
-    backbone.to(device)
-    choose_attention(backbone, training.attention)
-    objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
-    rows = TrainingRows(dataset, space, training, objective.branching_only)
-    longest = longest_path(backbone, rows)
-    check_tree(backbone, longest)
-    if (fault := flex_fault(backbone, longest)) is not None:
-        if training.attention == "flex":
-            raise UserError(f"training.attention: flex: {fault}; use auto")
-        backbone.blocks_from = None
-        say(f"training.attention: {fault}; SDPA computes all rows")
+    with agreed(device):  # a node may lack what others have
+        dataset, space = Dataset.load(prepared / "dataset"), ItemSpace.load(prepared / "items")
+        backbone = starting_backbone(experiment, space)
+        backbone.to(device)
+        choose_attention(backbone, training.attention)
+        objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
+        rows = TrainingRows(dataset, space, training, objective.branching_only)
+        longest = longest_path(backbone, rows)
+        check_tree(backbone, longest)
+        if (fault := flex_fault(backbone, longest)) is not None:
+            if training.attention == "flex":
+                raise UserError(f"training.attention: flex: {fault}; use auto")
+            backbone.blocks_from = None
+            say(f"training.attention: {fault}; SDPA computes all rows")
+        rewards = reward_source(experiment.objective, space, collaborative, device)
     if training.gradient_checkpointing:
         backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    rewards = reward_source(experiment.objective, space, collaborative, device)
     memory_mb = training.logits_memory_mb or (2048 if device.type == "cuda" else 256)
     module = TrainedModel(backbone, objective, space.trie, training.dropout, rewards, memory_mb)
     engine = build_engine(module, training)
