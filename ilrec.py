@@ -126,9 +126,11 @@ def train(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  #
     from trainer.fit import check_model
     from trainer.fit import train as fit
     from trainer.prepare import prepare as write_prepared
+    from trainer.run import alone
 
     check_model(experiment)
-    bundle = fit(experiment, write_prepared(experiment, _say, fresh), _say, fresh)
+    with alone(experiment):
+        bundle = fit(experiment, write_prepared(experiment, _say, fresh), _say, fresh)
     _say(
         f"bundle: {bundle}\nreport: {experiment.run_dir}/report.html\n"
         f"next: ilrec evaluate {config}, or ilrec serve {bundle}"
@@ -162,9 +164,11 @@ def tune(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  # 
     from tune.space import check_sweep
 
     check_sweep(experiment)
+    from trainer.run import alone
     from tune.sweep import sweep
 
-    bundle = sweep(experiment, _say, fresh)
+    with alone(experiment):
+        bundle = sweep(experiment, _say, fresh)
     run = bundle.parent
     _say(
         f"bundle: {bundle}\nreport: {run}/tune/report.html, trials.json\nsettings: {run}/best.yaml\n"
@@ -178,7 +182,8 @@ def evaluate(
     bundle: Annotated[Path | None, typer.Option(help="Default: the experiment's own bundle.")] = None,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
     against: Annotated[
-        Path | None, typer.Option(help="Per-target file of another evaluation: paired bootstrap of the difference.")
+        Path | None,
+        typer.Option(help="Per-target file of another evaluation: paired bootstrap over users of the difference."),
     ] = None,
     overrides: Set = [],  # noqa: B006
 ) -> None:
@@ -365,8 +370,10 @@ def demo(
 
     experiment = load_experiment(config, overrides)
     from deploy.demo import run
+    from trainer.run import alone
 
-    run(experiment, _say, fresh)
+    with alone(experiment):
+        run(experiment, _say, fresh)
 
 
 @app.command()

@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.beams import prefill
 from benchmarks.search import PREFILL, Contender, Served, batched, timed
 from benchmarks.timing import milliseconds, ratio
-from recommender.backbone import Backbone
+from recommender.backbone import Backbone, cast
 from recommender.config import TEMPLATES, PromptConfig
 from recommender.errors import UserError
 from recommender.prefixes import Prefixes
@@ -196,8 +196,7 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     if args.precision:
-        model: Any = served.backbone.model
-        model.to(getattr(torch, args.precision))
+        cast(served.backbone.model, getattr(torch, args.precision))
     prompt = prompt_of(served, args.template)
     prompts = [prompt.encode(history) for history in served.histories]
     batches, console = batched(prompts, args.batch), Console(width=170)

@@ -218,7 +218,7 @@ def load_backbone(
     """
     if isinstance(config, PresetBackbone):
         model: Any = _preset(config, tokenizer, seed)
-        model.to(dtype)
+        cast(model, dtype)
     else:
         from transformers import AutoModelForCausalLM
 
@@ -231,6 +231,12 @@ def load_backbone(
     if config.lora is not None:
         model = add_lora(model, config.lora, seed)
     return Backbone(model, tokenizer)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the weights another type. Buffers keep theirs: rotary frequencies that are rounded turn by other angles."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
 
 
 def _preset(config: PresetBackbone, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

@@ -123,12 +123,32 @@ def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Pat
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def kind_of(directory: Path) -> str:
+    """What a bundle holds, read without a look at its other files.
+
+    Raises:
+        UserError: no bundle, or a layout of another version.
+    """
+    return _read(directory).kind
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a bundle, its files checked against it.
 
     Raises:
         UserError: no bundle, a layout of another version, a file that is missing or differs from its checksum.
     """
+    manifest = _read(directory)
+    for name, expected in manifest.checksums.items():
+        file = directory / name
+        if not file.exists():
+            raise UserError(f"{file}: missing from the bundle; copy the whole directory again")
+        if _sha256(file) != expected:
+            raise UserError(f"{file}: differs from its checksum in {MANIFEST}; damaged or edited, copy or export again")
+    return manifest
+
+
+def _read(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.exists():
         raise UserError(
@@ -142,16 +162,9 @@ def read_manifest(directory: Path) -> Manifest:
                 f"{path}: schema version {version}, this release reads version {SCHEMA_VERSION}; "
                 "export the bundle again with the release that serves it"
             )
-        manifest = Manifest.model_validate(values)
+        return Manifest.model_validate(values)
     except (ValueError, AttributeError, ValidationError) as error:
         raise UserError(f"{path}: damaged: {error}") from error
-    for name, expected in manifest.checksums.items():
-        file = directory / name
-        if not file.exists():
-            raise UserError(f"{file}: missing from the bundle; copy the whole directory again")
-        if _sha256(file) != expected:
-            raise UserError(f"{file}: differs from its checksum in {MANIFEST}; damaged or edited, copy or export again")
-    return manifest
 
 
 def _sha256(path: Path) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from recommender.bases import Bases
-from recommender.bundle import LANGUAGE_MODEL, read_manifest
+from recommender.bundle import LANGUAGE_MODEL, kind_of
 from recommender.collaborative.recommender import CollaborativeRecommender
 from recommender.config import SearchConfig
 from recommender.recommendation import AnyRecommender
@@ -36,6 +36,6 @@ def load_recommender(
         UserError: missing, damaged or of another version.
     """
     directory = Path(bundle).expanduser()
-    if read_manifest(directory).kind == LANGUAGE_MODEL:
+    if kind_of(directory) == LANGUAGE_MODEL:
         return Recommender.load(directory, device, dtype, search, history_cache, bases)
     return CollaborativeRecommender.load(directory, device)

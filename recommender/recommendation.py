@@ -86,12 +86,15 @@ class AnyRecommender(Protocol):
         """
         ...
 
-    def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
+    def tokens(
+        self, history: Sequence[int], candidates: Sequence[int] | None = None, search: SearchConfig | None = None
+    ) -> int:
         """What one history takes in a batch, counted beforehand; it may be called while another thread computes.
 
         Args:
             history: item indices, oldest first.
             candidates: to be ranked; None: items are to be recommended.
+            search: as in `recommend`.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -163,18 +164,32 @@ class Recommender:
         ]
         return [list(zip(text, steps.tolist(), strict=True)) for text, steps in zip(texts, found, strict=True)]
 
-    def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
+    def tokens(
+        self, history: Sequence[int], candidates: Sequence[int] | None = None, search: SearchConfig | None = None
+    ) -> int:
         """Tokens that one history takes of a batch's time and memory, counted beforehand.
 
         Args:
             history: as in `recommend`; its prompt.
-            candidates: those of `rank`, with all their tokens; None: what `recommend` keeps room for in the cache.
+            candidates: those of `rank`, with all their tokens; None: those that a search appends.
+            search: as in `recommend`.
         """
         prompt = min(self.space.prompt.length(history), self.backbone.context)
         if candidates is None:
-            return prompt + HEADROOM
+            return prompt + self._appended(search or self.manifest.search)
         offsets, items = self.space.identifiers.offsets, np.asarray(candidates)
         return prompt + int((offsets[items + 1] - offsets[items]).sum())
+
+    def _appended(self, search: SearchConfig) -> int:
+        """What a search keeps room for in the cache; the most it may need, if it may do more than the model's own."""
+        own = self.manifest.search
+        nodes = self._nodes_at_most(search)
+        if search.score == own.score and search.mode == own.mode and nodes <= self._nodes_at_most(own):
+            return HEADROOM
+        return max(HEADROOM, math.ceil(nodes * self.space.trie.mean_chain))
+
+    def _nodes_at_most(self, search: SearchConfig) -> int:
+        return search.node_budget if search.mode == "exact" else search.width * self._longest_response
 
     def _prompt(self, history: Sequence[int]) -> np.ndarray:
         """The prompt of as many of the latest items as leave room for the longest response."""

@@ -187,6 +187,11 @@ class RadixTrie:
         return np.where(self.parent < 0, 0, self.depth[self.parent])
 
     @cached_property
+    def mean_chain(self) -> float:
+        """Tokens between a node and its parent, on average."""
+        return float((self.depth - self._parent_depth)[1:].mean())
+
+    @cached_property
     def _leaf_keys(self) -> np.ndarray:
         return self.leaf_tokens.astype(">u4")  # big-endian bytes compare like the tokens they spell
 

@@ -35,9 +35,10 @@ def tokens(served: Served, query: Query | RankQuery) -> int:
     """What a query takes of a batch's budget; nothing where the fallback answers."""
     if not query.history:
         return 0
-    candidates = query.candidates if isinstance(query, RankQuery) else None
     forwards = 2 if query.spelled else 1
-    return forwards * served.recommender.tokens(query.history, candidates)
+    if isinstance(query, RankQuery):
+        return forwards * served.recommender.tokens(query.history, query.candidates)
+    return forwards * served.recommender.tokens(query.history, search=query.search)
 
 
 class CappedList:

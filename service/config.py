@@ -31,8 +31,9 @@ class ServingConfig(StrictModel):
         4096,
         ge=1,
         description="Requests are searched together, oldest first, while their tokens stay within this: those of a "
-        "prompt and 128 for its search, or of a prompt and its candidates. A larger one is searched alone. Bounds the "
-        "memory of keys and values, and how long a request waits for the others of its batch.",
+        "prompt and 128 for its search (one that asks for a larger search than the model's own: the most that it may "
+        "append), or of a prompt and its candidates. A larger one is searched alone. Bounds the memory of keys and "
+        "values, and how long a request waits for the others of its batch.",
     )
     batch_wait_seconds: float = Field(
         0.0,
@@ -61,7 +62,7 @@ class ServingConfig(StrictModel):
     )
     max_candidates: int = Field(500, ge=1, description="Items that a request may have ranked.")
     max_width: int = Field(100, ge=1, description="The widest search that a request may ask for.")
-    max_node_budget: int = Field(2000, ge=1, description="The largest node budget that a request may ask for.")
+    max_node_budget: int = Field(1000, ge=1, description="The largest node budget that a request may ask for.")
     precision: Literal["float32", "bfloat16"] | None = Field(
         None,
         description="Of language models' weights; null: as they were saved. bfloat16 takes half the memory of float32 "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -202,6 +203,25 @@ def test_the_fewest_workers_are_no_more_than_the_most(config: Path) -> None:
     assert load_experiment(config).cluster.fewest_workers == load_experiment(config).cluster.workers
     with pytest.raises(UserError, match=r"cluster\.min_workers is 3, and cluster\.workers only 2"):
         load_experiment(config, [*fewest, "cluster.min_workers=3"])
+
+
+@pytest.mark.parametrize("gpus", ["0.5", "2"])
+def test_gpus_that_workers_could_not_train_on(config: Path, gpus: str) -> None:
+    sets = ["--set", f"cluster.gpus_per_worker={gpus}", "--set", "cluster.workers=2"]
+    assert "gpus_per_worker" in ilrec("prepare", str(config), *sets, status=2)
+
+
+@pytest.mark.parametrize("verb", ["train", "tune"])
+def test_a_run_has_one_trainer(config: Path, tmp_path: Path, verb: str) -> None:
+    directory = tmp_path / "runs" / "taken"
+    directory.mkdir(parents=True)
+    sets = ["--set", f"cluster.storage={directory.parent}", "--set", "name=taken", "--set", "objective.kind=msl"]
+    sweep = "{parameters: {training.learning_rate: {kind: choice, values: [1.0e-3]}}, trials: 1}"
+    with (directory / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text = ilrec(verb, str(config), *sets, *(["--set", f"sweep={sweep}"] if verb == "tune" else []), status=2)
+    assert "another command is training there" in text
+    assert [path.name for path in directory.iterdir()] == [".lock"]
 
 
 def test_simulate_takes_settings(tmp_path: Path) -> None:

@@ -43,20 +43,19 @@ def ensure_collaborative(experiment: Experiment, prepared: Path, say: Say = prin
         if isinstance(config, CollaborativeBundle)
         else _shared(experiment, config, dataset, prepared, say)
     )
-    if read_manifest(bundle).kind == LANGUAGE_MODEL:
+    manifest = read_manifest(bundle)
+    if manifest.kind == LANGUAGE_MODEL:
         raise UserError(
             f"collaborative: {bundle} holds a language model; give the bundle of a collaborative one "
             "(--set recommender.kind=sasrec trains it), or its config"
         )
-    if (
-        read_manifest(bundle).data_fingerprint != dataset.fingerprint
-        and Catalogue.load(bundle).item_ids == dataset.item_ids
-    ):
+    same_items = Catalogue.load(bundle).item_ids == dataset.item_ids
+    if manifest.data_fingerprint != dataset.fingerprint and same_items:
         raise UserError(
             f"collaborative: {bundle} was fitted on other data or another split than {dataset.path}, so its rewards "
             "may know what is held out here; train one on these data, or give a config ({kind: sasrec})"
         )
-    if Catalogue.load(bundle).item_ids != dataset.item_ids:
+    if not same_items:
         raise UserError(
             f"collaborative: {bundle} was trained on another catalogue than {dataset.path}; give one of these data, or "
             "a config ({kind: sasrec}), which is trained on them"

@@ -98,7 +98,9 @@ class ClusterConfig(StrictModel):
         "there is room for when nodes leave or join (looked at once a minute), each time from the latest checkpoint. "
         "null: always `workers`.",
     )
-    gpus_per_worker: float = Field(0, ge=0, description="0 = CPU.")
+    gpus_per_worker: float = Field(
+        0, ge=0, le=1, description="0 = CPU, 1 = a GPU each. A single worker may do with a share of one."
+    )
     cpus_per_worker: float = Field(1, gt=0)
     storage: str = Field(
         "runs", description="Directory where runs live; with several machines, one that all of them share (NFS, …)."
@@ -111,9 +113,13 @@ class ClusterConfig(StrictModel):
         return self.min_workers or self.workers
 
     @model_validator(mode="after")
-    def _in_order(self) -> ClusterConfig:
+    def _can_be_had(self) -> ClusterConfig:
         if self.fewest_workers > self.workers:
             raise ValueError(f"cluster.min_workers is {self.min_workers}, and cluster.workers only {self.workers}")
+        if 0 < self.gpus_per_worker < 1 < self.workers:  # NCCL refuses two ranks on one GPU
+            raise ValueError(
+                f"cluster.gpus_per_worker is {self.gpus_per_worker:g}, but {self.workers} workers need a GPU each: 1"
+            )
         return self
 
     @field_validator("storage")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ SWEEP = "tune"  # the directory of a run that is a sweep
 FAILURE = "failure.txt"  # beside the run's log: why training failed
 CHECKPOINTS = "ray"  # of Ray Train, or of Ray Tune in a sweep's
 IDENTITY = "experiment.json"
+_LOCK = ".lock"
 TRACKING = "tracking.json"  # the ids of the run at MLflow and Weights & Biases
 _FINGERPRINT = "data fingerprint"
 _SHARED = ("world", "data", "recommender", "evaluation")  # evaluation, as validation chooses the epoch
@@ -39,6 +43,28 @@ _FREE = {
     "evaluation": ("cutoffs", "test_targets", "batch", "precision", "bootstrap"),
     "data": ("interactions", "items", "train", "validation", "test"),
 }
+
+
+@contextmanager
+def alone(experiment: Experiment) -> Iterator[None]:
+    """Keep other commands from writing into the run's directory meanwhile, on this machine or on one that shares it.
+
+    Raises:
+        UserError: another one is at it.
+    """
+    directory = experiment.run_dir
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{directory}: another command is training there; wait for its end, stop it, or give this run another "
+                "name (--set name=…)"
+            ) from None
+        except OSError:  # a file system that knows no locks
+            pass
+        yield
 
 
 def check_claim(experiment: Experiment, data_fingerprint: str | None = None, sweep: SweepConfig | None = None) -> None:

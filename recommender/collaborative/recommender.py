@@ -153,8 +153,10 @@ class CollaborativeRecommender:
         """Nothing: items are not spelled in tokens."""
         return
 
-    def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
-        """Items of the history that are read. Candidates take nothing: every item is scored anyway."""
+    def tokens(
+        self, history: Sequence[int], candidates: Sequence[int] | None = None, search: SearchConfig | None = None
+    ) -> int:
+        """Items of the history that are read. Candidates and searches take nothing: every item is scored anyway."""
         return min(len(history), self.model.config.max_length)
 
     def _scores(self, histories: Sequence[Sequence[int] | np.ndarray]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -108,6 +109,12 @@ def test_what_a_batch_takes_is_counted_beforehand(tiny_bundle: Path, prompt: Pro
         assert recommender.tokens(history) == answer.prompt_tokens + 128
         spelled = len(space.identifiers.spelled(9)) + len(space.identifiers.spelled(120))
         assert recommender.tokens(history, [9, 120]) == answer.prompt_tokens + spelled
+    greedy = recommender.manifest.search.model_copy(update={"node_budget": 5000, "score": "full"})
+    [answer] = recommender.recommend([[3]], 100, search=greedy)
+    slots = recommender.tokens([3], search=greedy) - answer.prompt_tokens
+    assert slots == math.ceil(5000 * space.trie.mean_chain) > answer.expansions
+    less = recommender.manifest.search.model_copy(update={"node_budget": 20, "width": 3})
+    assert recommender.tokens([3], search=less) == recommender.tokens([3])
     loaded.backbone.context = 50
     assert recommender.tokens(list(range(40))) == min(50, space.prompt.length(range(40))) + 128
 
@@ -182,3 +189,12 @@ def test_titles_are_found_by_opening_then_by_words() -> None:
     assert search.search("tra", 10) == [2, 0]
     assert search.search("stove gas", 10) == [4]
     assert search.search("gas tent", 10) == search.search("zz", 10) == search.search("  ", 10) == []
+
+
+def test_words_before_one_that_may_grow_into_thousands() -> None:
+    titles = [f"big lamp a{number}" for number in range(3000)] + ["big lamp oil", "big sofa"]
+    search = TitleSearch(Catalogue([str(number) for number in range(len(titles))], titles))
+    assert search.search("lamp a", 3) == [0, 1, 2]
+    assert search.search("lamp a29", 200) == [29, *range(290, 300), *range(2900, 3000)]
+    assert search.search("sofa a", 5) == search.search("chair a", 5) == []
+    assert search.search("lamp oi", 5) == [3000]

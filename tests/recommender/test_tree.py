@@ -17,7 +17,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from recommender.backbone import Backbone, train_tokenizer
+from recommender.backbone import Backbone, load_backbone, train_tokenizer
+from recommender.config import PresetBackbone
 from recommender.errors import UserError
 from recommender.probe import check_tree, tree_mismatch
 from recommender.tree import Sample, ancestor_mask, build_row, collate
@@ -85,3 +86,13 @@ def test_a_sliding_window_is_found_out_beyond_its_size() -> None:
     model = MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=24))
     with pytest.raises(UserError, match=r"prompt trees.*sliding windows"):
         check_tree(_backbone(model), 96)
+
+
+def test_a_preset_in_bfloat16_turns_by_exact_angles() -> None:
+    tokenizer = train_tokenizer(["a red kettle", "blue lamp"], 300)
+    exact, rounded = (
+        load_backbone(PresetBackbone(), tokenizer, dtype).decoder.rotary_emb.inv_freq
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, exact)

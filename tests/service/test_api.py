@@ -89,7 +89,9 @@ class StandIn:
         [scores] = self.rank([history], [items])
         return [[("Trail", 0.0), (f" Tent {i}", score)] for i, score in zip(items, scores, strict=True)]
 
-    def tokens(self, history: Sequence[int], candidates: Sequence[int] | None = None) -> int:
+    def tokens(
+        self, history: Sequence[int], candidates: Sequence[int] | None = None, search: SearchConfig | None = None
+    ) -> int:
         return 1
 
 
