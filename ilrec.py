@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -200,7 +201,7 @@ def evaluate(
     if split not in ("test", "validation"):
         raise UserError(f"--split {split}: choose test or validation")
     from deploy.demo import print_report
-    from trainer.evaluation import compare
+    from trainer.evaluation import compare, read_per_target
     from trainer.evaluation import evaluate as rank_all
     from trainer.report import write_report
     from trainer.run import SWEEP
@@ -211,6 +212,8 @@ def evaluate(
         raise UserError(
             f"--against {against}: give the per-target file of another evaluation; this one writes to {out}"
         )
+    if against is not None:
+        read_per_target(against)  # before the ranking, which takes long
     report = rank_all(
         chosen,
         experiment.run_dir / "prepared" / "dataset",
@@ -527,11 +530,17 @@ def prune(
 
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one message and status 2, never a traceback."""
+    paths = (NotADirectoryError, IsADirectoryError, FileNotFoundError, FileExistsError, PermissionError)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for every load
     try:
         app(standalone_mode=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None or not (isinstance(error, paths) or error.errno in (errno.EROFS, errno.ENOSPC)):
+            raise
+        print(f"error: {error.filename}: {error.strerror}; check the path and who may write there", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 

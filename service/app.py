@@ -152,6 +152,7 @@ def run(bundle: str | Path, config: ServingConfig, blocking: bool) -> None:
         )
     if blocking:  # a service manager's way to say Ctrl-C; Ray would abort
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it puts behind
     try:
         _start(config)
         _deploy(endpoint, bundle)

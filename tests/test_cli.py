@@ -133,6 +133,8 @@ def test_a_bad_override_is_refused(config: Path, override: str, says: str) -> No
         ("", "holds no experiment; it should open with `name: …`"),
         ("- a\n", "holds no experiment"),
         ("name: [\n", "not valid YAML"),
+        ("name: my\nworld: {}\nobjective: {kind: msl}\nobjective: {kind: lml}\n", "objective stands here twice"),
+        ("name: my\nworld: {items: 9, items: 8}\n", "items stands here twice"),
         ("name: my\n", "give either `data` (your files) or `world` (a simulated one)"),
         ("name: my\nworld: {}\nstorage: ${NOWHERE}\n", "the environment variable NOWHERE is not set"),
         ("name: my\nworld: {items: 10000000}\n", "world.items: Input should be less than or equal to 2000000"),
@@ -156,6 +158,12 @@ def test_missing_data_are_named(config: Path, tmp_path: Path) -> None:
     config.write_text("name: my\ndata: {format: interactions, interactions: no.csv, items: no.jsonl}\n")
     text = ilrec("prepare", str(config), "--set", f"cluster.storage={tmp_path}/runs", status=2)
     assert re.search(r"error: .*no\.(csv|jsonl)", text)
+
+
+def test_a_storage_that_cannot_be_written_is_named(config: Path) -> None:
+    text = ilrec("prepare", str(config), "--set", f"cluster.storage={config}/runs", status=2)
+    assert f"error: {config}/runs" in text
+    assert "check the path and who may write there" in text
 
 
 def test_evaluate_says_what_is_missing(config: Path, tmp_path: Path) -> None:
@@ -195,6 +203,7 @@ def test_variables_are_expanded(config: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("WHERE", raising=False)
     experiment = load_experiment(config)
     assert (experiment.name, experiment.cluster.storage) == ("me", "runs/a")
+    assert load_experiment(config, ["cluster.storage=/tmp/${WHO}"]).cluster.storage == "/tmp/me"
 
 
 def test_the_fewest_workers_are_no_more_than_the_most(config: Path) -> None:

@@ -226,12 +226,18 @@ def _write_per_target(
     pq.write_table(table, path)
 
 
-def _read_per_target(path: Path) -> pa.Table:
+def read_per_target(path: Path) -> pa.Table:
+    """What `compare` needs of a `<split>.parquet`.
+
+    Raises:
+        UserError: it is none.
+    """
     try:
         return pq.read_table(path, columns=["user_id", "target_item_id", "rank"])
     except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"{path}: not the per-target file of an evaluation (<run>/evaluation/<split>.parquet): {error}"
+            f"{path}: not the per-target file of an evaluation (<run>/evaluation/<split>.parquet): {reason}"
         ) from None
 
 
@@ -244,7 +250,7 @@ def compare(first: Path, second: Path, metric: str = "NDCG@10", resamples: int =
     Raises:
         UserError: the two did not rank the same targets, or one of them cannot be read.
     """
-    tables = [_read_per_target(path) for path in (first, second)]
+    tables = [read_per_target(path) for path in (first, second)]
     for column in ("user_id", "target_item_id"):
         if not tables[0][column].equals(tables[1][column]):
             raise UserError(f"{first} and {second} did not rank the same targets; evaluate both on the same split")

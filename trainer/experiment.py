@@ -130,15 +130,14 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{source}: cannot be read: {error}") from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)  # noqa: S506  (a SafeLoader)
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{source}: holds no experiment; it should open with `name: …`")
-    values = _expanded(values, source)
     for override in overrides:
         _override(values, override)
-    return values
+    return {key: _expanded(value, source) for key, value in values.items()}
 
 
 def with_fields(experiment: Experiment, fields: Mapping[str, Any]) -> Experiment:
@@ -151,6 +150,18 @@ def with_fields(experiment: Experiment, fields: Mapping[str, Any]) -> Experiment
     for path, value in fields.items():
         _put(values, path.split("."), value)
     return _validated(Experiment, values, ", ".join(f"{path}={value!r}" for path, value in fields.items()))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as the safe loader reads it, but a key that stands there twice is refused: the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands here twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def load_world(overrides: Sequence[str]) -> WorldConfig:

@@ -121,6 +121,9 @@ def run_to_best(trainer: TorchTrainer, log: Path, say: Say, too_large: str) -> T
                 if not result.return_value["preempted"]:
                     break
                 say("a node goes away; all is saved, going on without it")
+            except KeyboardInterrupt:
+                say("interrupted; the same command goes on from the latest checkpoint")
+                raise
             except UserError:
                 if not drop_damaged(checkpoints, say):  # one of which the workers, restarted, should have gone on
                     raise

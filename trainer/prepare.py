@@ -41,6 +41,8 @@ def prepare(experiment: Experiment, say: Say = print, fresh: bool = False) -> Pa
     prepared = experiment.run_dir / "prepared"
     prepared.mkdir(parents=True, exist_ok=True)
     dataset = prepare_dataset(source_of(experiment, say), prepared / "dataset", progress=say)
+    if not len(dataset.targets["validation"].position):
+        say("note: there is no validation target, and `ilrec train` needs some to choose the best epoch; add data")
     if not isinstance(experiment.recommender, LanguageModelConfig):
         return prepared  # a collaborative model knows items by their numbers
     space = item_space(experiment, dataset)

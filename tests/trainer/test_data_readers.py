@@ -152,6 +152,13 @@ BAD_ROWS = [
     ("interactions.csv", I_HEAD + "u,1,1\n,3,1\n" + GOOD_ROWS, "no user id", ["row 3: '3'"], "Fill in"),
     ("interactions.csv", I_HEAD + "u,1,1\nu,1\n" + GOOD_ROWS, "expected 3 fields", ["row 3: 'u,1'"], "Quote"),
     ("items.csv", T_HEAD + GOOD_ITEMS + "3,Again\n", "the item id stands there already", ["row 5: '3'"], "Keep one"),
+    (
+        "items.csv",
+        T_HEAD + '007,Seven\n1,"One\n2,Two\n4,"Four"\n3,Three\n',
+        "title: goes on over several lines",
+        ["row 3: 'One\\n2,Two\\n4,Four\"'"],
+        "Close the quotation mark",
+    ),
     ("items.csv", T_HEAD + ",Nameless\n" + GOOD_ITEMS, "the item has no id", ["row 2: 'Nameless'"], "Fill in"),
     (
         "items.jsonl",
@@ -232,6 +239,7 @@ BAD_FILES = [
         b"user,item_id,timestamp\nu,1,1\n",
         r"1 columns? (is|are) missing: user_id. It has: user, item_id.*data.columns.user_id: ",
     ),
+    ("a.csv", b"user_id;item_id;timestamp\nu;1;1\n", "has one column.*part the fields by commas"),
     ("a.csv", b"user_id,user_id,item_id,timestamp\nu,u,1,1\n", "twice: user_id"),
     ("a.csv", (I_HEAD + "u,1,1\n").encode() + "Jürgen,1,1\n".encode("latin-1"), "not UTF-8.*row 3"),
     ("a.jsonl", '{"user_id":"Jürgen"}'.encode("latin-1"), "not UTF-8.*row 1"),

@@ -202,7 +202,16 @@ def _read_csv(file: str, data: bytes, text_columns: list[str], problems: Problem
     rows = np.delete(np.arange(2, 2 + len(table) + len(malformed), dtype=np.int64), np.array(numbers, np.int64) - 2)
     expected = f"expected {len(table.column_names)} fields, found another number"
     problems.report(file, expected, numbers, [row.text for row in malformed], "Quote fields that hold the delimiter")
-    return Source(file, table, rows)
+    # An id or a title has no line break: a quote that is not closed took the following rows into it.
+    texts = {name: table[name] for name in text_columns if table.column_names.count(name) == 1}
+    broken = {name: pc.fill_null(pc.match_substring(values, "\n"), False).to_numpy() for name, values in texts.items()}
+    whole = ~np.logical_or.reduce(list(broken.values()) or [np.zeros(len(table), bool)])
+    for name, mask in broken.items():
+        found = np.flatnonzero(mask)
+        values = texts[name].take(found[:_EXAMPLES]).to_pylist()
+        remedy = "Close the quotation mark that the field opens with, or write it twice where it belongs to the text"
+        problems.report(file, f"{name}: goes on over several lines", rows[found].tolist(), values, remedy)
+    return Source(file, table.filter(pa.array(whole)), rows[whole])
 
 
 def _read_jsonl(file: str, data: bytes, text_columns: list[str], problems: Problems) -> Source:
@@ -257,6 +266,11 @@ def _rename(file: str, table: pa.Table, columns: Mapping[str, str], section: str
     missing = {ours: theirs for ours, theirs in columns.items() if theirs not in names and ours not in optional}
     if missing:
         ours = next(iter(missing))
+        if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+            raise UserError(
+                f"{file}: has one column, {names[0]!r}: part the fields by commas (by tabs in a .tsv file), e.g. "
+                "`pandas.read_csv(path, sep=None, engine='python').to_csv(path, index=False)`"
+            )
         raise UserError(
             f"{file}: {len(missing)} columns are missing: {', '.join(missing.values())}. It has: {', '.join(names)}. "
             f"Name the right one in the config, e.g. {section}.{ours}: {names[0]}"
