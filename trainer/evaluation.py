@@ -141,6 +141,10 @@ def _rank(
     workers = min(cluster.workers, math.ceil(total / config.batch))
     check_resources(cluster, workers)
     options: dict[str, Any] = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
+    options |= {
+        "max_restarts": cluster.max_failures,
+        "max_task_retries": cluster.max_failures,
+    }  # its chunk is tried again
     environment = {"OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker)))}
     actor = ray.remote(_RankingWorker).options(**options, runtime_env={"env_vars": environment})
     device = "cuda" if cluster.gpus_per_worker else "cpu"
@@ -164,7 +168,13 @@ def _rank(
     while running:
         (ready, *_), _ = ray.wait(list(running))
         worker, at = running.pop(ready)
-        answer: Ranking = ray.get(ready)
+        try:
+            answer: Ranking = ray.get(ready)
+        except ray.exceptions.RayActorError as error:
+            raise UserError(
+                "a ranking worker was lost, and cluster.max_failures restarts are used up: "
+                f"{str(error).splitlines()[0]} Lower evaluation.batch if it was memory, then run this again"
+            ) from error
         dispatch(worker)
         ranks[at], exact[at], expansions[at], items[at] = answer.ranks, answer.exact, answer.expansions, answer.items
         invalid += answer.invalid
