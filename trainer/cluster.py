@@ -42,8 +42,8 @@ def connect(num_cpus: int | None = None) -> None:
     except Exception as error:  # of which kind depends on what did not answer
         address = os.environ.get("RAY_ADDRESS")
         what = f"RAY_ADDRESS={address}: cannot be joined" if address else "Ray did not start on this machine"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what}: {reason}. On a busy machine the same command may do the second time") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"{what}: {reason}; on a busy machine the same command may do next time") from error
     if threading.current_thread() is threading.main_thread():
         # How a job server or a service manager says Ctrl-C, on which Ray Train ends its workers; Ray would abort.
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's way to start what it puts behind

@@ -26,6 +26,8 @@ def run(rank, path):
         except UserError as error:
             with open(f"{path}/{rank}", "a") as file:
                 print(error, file=file)
+    dist.barrier()
+    dist.destroy_process_group()
 
 if __name__ == "__main__":
     mp.spawn(run, (sys.argv[1],), nprocs=2)

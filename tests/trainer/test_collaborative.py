@@ -136,6 +136,7 @@ def alone() -> Iterator[None]:
         patch.setattr(dist, "get_rank", lambda: 0)
         patch.setattr(dist, "get_world_size", lambda: 1)
         patch.setattr(dist, "all_reduce", lambda tensor: None)
+        patch.setattr(dist, "all_gather", lambda every, mine: every[0].copy_(mine))
         patch.setattr(ray.train, "get_checkpoint", lambda: None)
         patch.setattr(preemption, "noticed", lambda device: False)
         patch.setattr(ray.train.torch, "get_device", lambda: torch.device("cpu"))
