@@ -98,15 +98,18 @@ class RequestLog:
 
 
 class FeedbackLog:
-    """JSON lines of what was served, to be joined with what was then clicked: a file a process, in one directory."""
+    """JSON lines of what was served, to be joined with what was then clicked: a file a process and a day (UTC), in one
+    directory, from which days that are over may be taken away.
+    """
 
     def __init__(self, directory: str):
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"serving.feedback_log: {directory}: {error.strerror}") from error
-        name = f"served-{socket.gethostname()}-{os.getpid()}.jsonl"
-        self._file = (Path(directory) / name).open("a", buffering=1, encoding="utf-8")
+        if not os.access(directory, os.W_OK):
+            raise UserError(f"serving.feedback_log: {directory}: may not be written")
+        self._directory, self._process = Path(directory), f"{socket.gethostname()}-{os.getpid()}"
 
     def write(self, request_id: str, place: int, model: str, item_ids: Sequence[str], fallback: bool) -> None:
         """Add a list, the answer at `place` of its request; a full disk costs the line, not the answer."""
@@ -114,6 +117,7 @@ class FeedbackLog:
         line: dict[str, Any] = {"time": now, "request_id": request_id, "place": place, "model": model}
         line |= {"items": list(item_ids), "fallback": fallback}
         try:
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            with (self._directory / f"served-{now[:10]}-{self._process}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:
             logger.error(json.dumps({"feedback_log": str(error)}))
