@@ -62,13 +62,13 @@ def _verdict(needs: Requirements, memory: Memory, gpu_memory: float) -> str:
     limit = (gpu_memory - 1) * _GB
     if memory.total <= limit:
         return f"fits into {gpu_memory:g} GB, with {(limit - memory.total) / _GB:.1f} GB to spare"
-    changes = needs.that_fit(limit)
     copy = needs.memory(zero_stage=3).validation
     if copy > limit:  # which no number of workers makes smaller
         return (
             f"does not fit into {gpu_memory:g} GB: every GPU holds all weights for a moment, to load them and to "
             f"validate, and they alone take {copy / _GB:.0f} GB; take a smaller backbone or larger GPUs"
         )
+    changes = needs.that_fit(limit)
     if changes is None:
         return f"does not fit into {gpu_memory:g} GB: more workers at ZeRO stage 3, a smaller backbone, or LoRA"
     options = " ".join(f"--set training.{name}={json.dumps(value)}" for name, value in changes.items())

@@ -108,7 +108,8 @@ class PresetBackbone(StrictModel):
 
 class PretrainedBackbone(StrictModel):
     """A causal language model that `transformers` loads and in which every token sees all before it: Llama, Qwen2,
-    Qwen3, GPT-2, OPT and the like. What reads otherwise (sliding windows, recurrence) is refused when it is loaded."""
+    Qwen3, GPT-2, OPT and the like. What reads otherwise (sliding windows, recurrence) is refused when it is loaded.
+    """
 
     kind: Literal["pretrained"]
     path: str = Field(description="A local directory, or a hub name (the one download that you ask for).")

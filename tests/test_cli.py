@@ -203,7 +203,7 @@ def test_variables_are_expanded(config: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("WHERE", raising=False)
     experiment = load_experiment(config)
     assert (experiment.name, experiment.cluster.storage) == ("me", "runs/a")
-    assert load_experiment(config, ["cluster.storage=/tmp/${WHO}"]).cluster.storage == "/tmp/me"
+    assert load_experiment(config, ["cluster.storage=runs/${WHO}"]).cluster.storage == "runs/me"
 
 
 def test_the_fewest_workers_are_no_more_than_the_most(config: Path) -> None:

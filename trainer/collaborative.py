@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 from pathlib import Path
@@ -18,6 +17,7 @@ from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.launch import Trained, run_to_best, torch_trainer
+from trainer.lock import locked
 from trainer.prepare import Say
 from trainer.tracking import tracked
 
@@ -81,12 +81,8 @@ def _shared(experiment: Experiment, config: CollaborativeConfig, dataset: Datase
         }
     )
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    with (run.run_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # of experiments that start together one trains, the others wait for it
-            say(f"another experiment is training the collaborative model in {run.run_dir}; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    waiting = f"another experiment is training the collaborative model in {run.run_dir}; waiting for it"
+    with locked(run.run_dir / "lock", lambda: say(waiting)):  # of experiments that start together one trains
         bundle = run.run_dir / "bundle"
         if bundle.exists():
             say(f"collaborative model: {bundle}")

@@ -140,11 +140,12 @@ def _rank(
     """Deal the targets to Ray actors in chunks, longest histories first, and put the answers back in order."""
     workers = min(cluster.workers, math.ceil(total / config.batch))
     check_resources(cluster, workers)
-    options: dict[str, Any] = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
-    options |= {
+    options: dict[str, Any] = {
+        "num_cpus": cluster.cpus_per_worker,
+        "num_gpus": cluster.gpus_per_worker,
         "max_restarts": cluster.max_failures,
-        "max_task_retries": cluster.max_failures,
-    }  # its chunk is tried again
+        "max_task_retries": cluster.max_failures,  # what a lost worker was ranking is ranked again
+    }
     environment = {"OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker)))}
     actor = ray.remote(_RankingWorker).options(**options, runtime_env={"env_vars": environment})
     device = "cuda" if cluster.gpus_per_worker else "cpu"

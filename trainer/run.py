@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from recommender.bundle import read_manifest
 from recommender.errors import UserError
 from trainer.config import CollaborativeBundle, LanguageModelConfig, RewardConfig
 from trainer.experiment import Experiment
+from trainer.lock import locked
 from trainer.sweep_config import SweepConfig
 
 SWEEP = "tune"  # the directory of a run that is a sweep
@@ -54,16 +54,14 @@ def alone(experiment: Experiment) -> Iterator[None]:
     """
     directory = experiment.run_dir
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / _LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{directory}: another command is training there; wait for its end, stop it, or give this run another "
-                "name (--set name=…)"
-            ) from None
-        except OSError:  # a file system that knows no locks
-            pass
+
+    def refuse() -> None:
+        raise UserError(
+            f"{directory}: another command is training there; wait for its end, stop it, or give this run another "
+            "name (--set name=…)"
+        )
+
+    with locked(directory / _LOCK, refuse):
         yield
 
 

@@ -68,8 +68,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `error`: what the user has to mend, or None. All ranks say the same, and a restart would only repeat it; so it
-        is returned, and not raised for Ray to try again. `preempted`: whether training has to go on
-        elsewhere.
+        is returned, and not raised for Ray to try again. `preempted`: whether training has to go on elsewhere.
     """
     try:
         _train(
