@@ -21,14 +21,27 @@ from recommender.trie import RadixTrie
 _SURROGATES = 0xD800, 0x800  # where the code points begin that stand for no character, and their number
 
 
+def hidden_states(
+    backbone: Backbone, tokens: Tensor, mask: Tensor | None, position: Tensor | None, cache: DynamicCache | None
+) -> Tensor:
+    """The decoder as `transformers` is used everywhere: padded rows, its own cache. [B, Q, D]."""
+    return backbone.decoder(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=position,
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+
+
 @torch.inference_mode()
-def prefill(backbone: Backbone, prompts: Sequence[np.ndarray], cache: DynamicCache | None = None) -> Tensor:
-    """Logits after each prompt, [B, V]: right-padded, under the plain causal mask. Nothing can answer for less."""
+def padded_prefill(backbone: Backbone, prompts: Sequence[np.ndarray], cache: DynamicCache | None = None) -> Tensor:
+    """Logits after each prompt, [B, V]: right-padded, under the plain causal mask."""
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=backbone.device)
     padded = np.zeros((len(prompts), max(map(len, prompts))), np.int64)
     for row, prompt in enumerate(prompts):
         padded[row, : len(prompt)] = prompt
-    hidden = backbone.hidden(torch.from_numpy(padded).to(backbone.device), None, None, cache)
+    hidden = hidden_states(backbone, torch.from_numpy(padded).to(backbone.device), None, None, cache)
     return backbone.logits(hidden[torch.arange(len(prompts), device=backbone.device), lengths - 1])
 
 
@@ -169,7 +182,7 @@ class MaskedBeams:
         rows, beams, device = len(prompts), self.beams, self.backbone.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(beams)[:, None]
         cache = DynamicCache()
-        logits = prefill(self.backbone, prompts, cache).repeat_interleave(beams, 0)
+        logits = padded_prefill(self.backbone, prompts, cache).repeat_interleave(beams, 0)
         cache.batch_repeat_interleave(beams)
         filled = cache.get_seq_length()
         first_row = beams * torch.arange(rows, device=device)[:, None]
@@ -196,7 +209,7 @@ class MaskedBeams:
             cache.reorder_cache((first_row + beam).flatten())  # type: ignore[arg-type]  # an int64 tensor
             slots = torch.arange(filled + step + 1, device=device)
             mask = ((slots < lengths) | (slots >= filled))[:, None, None]
-            hidden = self.backbone.hidden(token.view(-1, 1), mask, lengths + step, cache)
+            hidden = hidden_states(self.backbone, token.view(-1, 1), mask, lengths + step, cache)
             logits = self.backbone.logits(hidden[:, 0])
         items, found = self.trie.item[ended_node].int().cpu().numpy(), (ended_score > -torch.inf).cpu().numpy()
         return [row[kept] for row, kept in zip(items, found, strict=True)]

@@ -3,8 +3,8 @@
     python -m benchmarks.profile_search --bundle runs/demo/bundle
 
 Histories are drawn as in `benchmarks.search`. The first table times, in turns and without the profiler, the bare
-prefill and the search: with nothing kept of how prompts begin, with the instruction kept, and with every history kept
-but for its last item, as if each user came back with one item more.
+prefill, padded and packed, and the search: with nothing kept of how prompts begin, with the instruction kept, and with
+every history kept but for its last item, as if each user came back with one item more.
 
 The second splits the search with nothing kept under the profiler, each figure the least of all rounds. The profiler's
 own cost falls on operators and on the Python between them: read shares rather than milliseconds. A step of the search
@@ -28,8 +28,7 @@ from rich.table import Table
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.beams import prefill
-from benchmarks.search import PREFILL, Contender, Served, batched, timed
+from benchmarks.search import Contender, Served, batched, prefills, timed
 from benchmarks.timing import milliseconds, ratio
 from recommender.backbone import Backbone, cast
 from recommender.config import TEMPLATES, PromptConfig
@@ -52,9 +51,9 @@ _WAITS = {"aten::_local_scalar_dense", "aten::nonzero"}
 class SpannedBackbone(Backbone):
     """A backbone whose forwards the profiler knows by name."""
 
-    def hidden(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def appended(self, *args: Any) -> torch.Tensor:
         with record_function(FORWARD):
-            return super().hidden(*args, **kwargs)
+            return super().appended(*args)
 
     def logits_among(self, *args: Any) -> torch.Tensor:
         with record_function(LOGITS):
@@ -146,10 +145,10 @@ def prompt_of(served: Served, template: str | None) -> Prompt:
 
 
 def contenders(served: Served, prompt: Prompt, k: int) -> list[Contender]:
-    """The bare prefill, and the search with more and more kept of how its prompts begin."""
+    """The bare prefills, and the search with more and more kept of how its prompts begin."""
     trie, backbone = served.recommender.space.trie, served.backbone
     kept = Prefixes(backbone, prompt.prefix, len(prompt.suffix), max_bytes=2**40)
-    made = [Contender(PREFILL, "", "", lambda prompts: list(prefill(backbone, prompts)))]
+    made = prefills(backbone)
     for name, prefixes in (
         ("exact, nothing kept", None),
         ("exact, instruction kept", Prefixes(backbone, prompt.prefix)),

@@ -6,7 +6,8 @@
 Histories are a seeded sample of the run's validation targets; nothing is filtered, as `generate` has no filters.
 Contenders take turns in one process, over the same histories; on a CPU, seconds are the process's own CPU seconds.
 
-- prefill: the prompts and the logits after them, and no search. Nothing can answer for less.
+- prefill: the prompts and the logits after them, and no search, padded to the longest of a batch as is usual. "x
+  prefill" is beside it. Packed: the same without padding, as our search runs prompts. Nothing can answer for less.
 - exact: the search that is served, with the bundle's width and node budget; beam: its beam mode, K wide.
 - masked beams: K beams; every step gathers the children from sparse rows and masks the vocabulary (STATIC).
 - generate: K beams, `prefix_allowed_tokens_fn` over a marisa-trie.
@@ -40,7 +41,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.beams import GenerateBeams, MaskedBeams, TokenTrie, prefill
+from benchmarks.beams import GenerateBeams, MaskedBeams, TokenTrie, padded_prefill
 from benchmarks.catalogues import extended_titles
 from benchmarks.timing import in_turns, milliseconds, ratio
 from recommender.backbone import Backbone
@@ -48,6 +49,7 @@ from recommender.config import SearchConfig
 from recommender.errors import UserError
 from recommender.frontier import Ranking
 from recommender.metrics import metric_values
+from recommender.prefill import prefill
 from recommender.prefixes import Prefixes
 from recommender.recommender import Recommender
 from recommender.scoring import CandidateScorer
@@ -58,7 +60,8 @@ from trainer.ranking import held_out
 
 Prompts = Sequence[np.ndarray]
 _SCORED_AT_ONCE = 128  # items
-PREFILL, EXACT, BEAM, MASKED, GENERATE = "prefill", "exact", "beam", "masked beams", "generate"
+PREFILL, PACKED = "prefill", "prefill, packed"
+EXACT, BEAM, MASKED, GENERATE = "exact", "beam", "masked beams", "generate"
 
 
 class Tally:
@@ -84,8 +87,8 @@ class Contender:
     """One way to answer the histories of all batches.
 
     Attributes:
-        catalogue: a name; "" for the prefill, which knows none.
-        score: "full" or "valid"; "" for the prefill.
+        catalogue: a name; "" for the prefills, which know none.
+        score: "full" or "valid"; "" for the prefills.
         search: answers a batch.
         answers: of the latest run.
         forwards, tokens: of the latest run.
@@ -236,10 +239,25 @@ def make_case(served: Served, items: int | None, histories: int, k: int, budget:
     return Case(name, trie, TokenTrie(trie, served.backbone.device), truth)
 
 
+def prefills(backbone: Backbone) -> list[Contender]:
+    """The bare prompts, padded and packed."""
+    nothing_kept = Prefixes(backbone, np.empty(0, np.int32))
+
+    @torch.inference_mode()
+    def packed(prompts: Prompts) -> list[torch.Tensor]:
+        run = prefill(backbone, prompts, nothing_kept, 0)
+        return list(backbone.logits(run.hidden[run.order.argsort()]))
+
+    return [
+        Contender(PREFILL, "", "", lambda prompts: list(padded_prefill(backbone, prompts))),
+        Contender(PACKED, "", "", packed),
+    ]
+
+
 def contenders(served: Served, cases: Sequence[Case], k: int, with_generate: bool) -> list[Contender]:
-    """The prefill, and every search on every catalogue."""
+    """The prefills, and every search on every catalogue."""
     backbone = served.backbone
-    made = [Contender(PREFILL, "", "", lambda prompts: list(prefill(backbone, prompts)))]
+    made = prefills(backbone)
     for case in cases:
         for score in ("valid", "full"):
             made.append(Contender(EXACT, case.name, score, served.tree(case.trie, k, score)))
@@ -296,7 +314,7 @@ def latency_table(
         cells = [each.catalogue, each.name, each.score, milliseconds([s / number for s in own])]
         cells.append(f"{ratio(own, seconds[0]):.2f}")
         work = [f"{each.forwards / number:.1f}", f"{each.tokens / number:,.0f}"]
-        if each.name == PREFILL:
+        if not each.catalogue:
             table.add_row(*cells, "", "", *work)
             continue
         generate = of.get((GENERATE, each.catalogue, "full"))
@@ -326,7 +344,7 @@ def quality_table(
 ) -> Table:
     """What each budget and width buys, for the first ten of the bundle's own catalogue."""
     k, prompts = 10, served.prompts[: len(case.truth["valid"])]
-    made = [Contender(PREFILL, "", "", lambda part: list(prefill(served.backbone, part)))]
+    made = prefills(served.backbone)
     for score in ("valid", "full"):
         for budget in budgets:
             search = served.tree(case.trie, k, score, node_budget=budget)
@@ -351,7 +369,7 @@ def quality_table(
             milliseconds([s / len(prompts) for s in own], ".2f"),
             f"{ratio(own, seconds[0]):.2f}",
         ]
-        if each.name != PREFILL:
+        if each.catalogue:
             top = [items[:k] for items in each.items]
             cells += [*certainty(each.rankings), rounded(recall(top, case.truth[each.score], k))]
             ranks = ranks_of(top, served.targets[: len(prompts)])

@@ -1,7 +1,7 @@
 """Which attention computes prompt trees: SDPA under a boolean mask, or FlexAttention, which skips blocks.
 
-FlexAttention trains on GPUs only. Where a model may use it, the mask of a call decides: a block mask goes to
-FlexAttention, all else (causal rows, searches) to SDPA as before.
+A call decides: a packed sequence (searches) goes to SDPA block by block, a block mask to FlexAttention, all else to
+SDPA as `transformers` has it. FlexAttention trains on GPUs only.
 """
 
 from __future__ import annotations
@@ -15,11 +15,32 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     from recommender.backbone import Backbone
+    from recommender.packing import Packing
 
 # Padded to whole blocks, shorter rows grow by more than they could skip. On paper: no GPU was at hand to measure it.
 _LONG = 512
 _DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout")  # in models' configs
-_NAME = "sdpa_or_flex"
+_NAME = "prompt_trees"
+
+
+def route_attention(decoder: Any) -> None:
+    """Let each call of a decoder decide on its attention.
+
+    Raises:
+        UserError: it has an attention of its own, which cannot be replaced.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    own = decoder.config._attn_implementation
+    if own not in ("sdpa", _NAME) or not decoder._can_set_attn_implementation():
+        raise UserError(
+            f"backbone: {type(decoder).__name__} does not attend through transformers' interface for SDPA (but by "
+            f"{own!r}); use a Llama-, Qwen-, GPT-2- or OPT-like model"
+        )
+    AttentionInterface.register(_NAME, _by_call)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    decoder.set_attn_implementation(_NAME)
 
 
 def choose_attention(backbone: Backbone, wanted: Literal["auto", "sdpa", "flex"]) -> None:
@@ -35,7 +56,7 @@ def choose_attention(backbone: Backbone, wanted: Literal["auto", "sdpa", "flex"]
         return
     reason = against_flex(backbone.decoder, backbone.device.type)
     if reason is None:
-        allow_flex(backbone, _LONG if wanted == "auto" else 0)
+        backbone.blocks_from = _LONG if wanted == "auto" else 0
     elif wanted == "flex":
         raise UserError(f"training.attention: flex: {reason}; use auto")
 
@@ -45,33 +66,32 @@ def against_flex(decoder: Any, device: str) -> str | None:
     model = type(decoder).__name__
     if device != "cuda":
         return "PyTorch's FlexAttention trains on GPUs only"
-    if not (decoder._supports_flex_attn and decoder._can_set_attn_implementation()):
+    if not decoder._supports_flex_attn:
         return f"{model} does not support FlexAttention"
-    if decoder.config._attn_implementation != "sdpa":  # what does not branch would be computed in another way
-        return f"{model} does not support SDPA"
     if any(getattr(decoder.config, name, 0) for name in _DROPOUT):
         return f"{model} drops out attention weights, which FlexAttention cannot"
     return None
 
 
-def allow_flex(backbone: Backbone, blocks_from: int) -> None:
-    """Route block masks to FlexAttention, and have rows of at least `blocks_from` tokens come with one."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(_NAME, _by_mask)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
-    backbone.decoder.set_attn_implementation(_NAME)
-    backbone.blocks_from = blocks_from
-
-
-def _by_mask(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | BlockMask | None, **rest: Any
+def _by_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    packing: Packing | None = None,
+    **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     from torch.nn.attention.flex_attention import BlockMask
     from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if packing is not None:
+
+        def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            return sdpa_attention_forward(module, query, key, value, mask, **rest)[0]
+
+        return packing.attend(sdpa, query, key, value), None
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, **rest)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)

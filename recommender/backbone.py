@@ -10,13 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from recommender.attention import route_attention
 from recommender.config import PRESETS, BackboneConfig, LoraConfig, PresetBackbone
 from recommender.errors import UserError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch.nn.attention.flex_attention import BlockMask
-    from transformers import Cache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from recommender.cache import TreeCache
+    from recommender.packing import Packing
 
 
 _ROWS_AT_ONCE = 2**24  # elements of gathered rows of the prediction layer
@@ -50,6 +54,7 @@ class Backbone:
         self.vocabulary = int(plain.config.vocab_size)
         self.context = int(plain.config.max_position_embeddings)
         self.blocks_from: int | None = None
+        route_attention(self.decoder)
 
     def to(self, device: torch.device | str) -> None:
         """Move the weights."""
@@ -71,29 +76,38 @@ class Backbone:
         return int(pad if pad is not None else self.tokenizer.eos_token_id)
 
     def hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | BlockMask | None,
-        position_ids: Tensor | None,
-        cache: Cache | None = None,
+        self, input_ids: Tensor, attention_mask: Tensor | BlockMask | None, position_ids: Tensor | None
     ) -> Tensor:
         """Last hidden states after the final norm: [B, Q, D].
 
         Args:
             input_ids: int64 [B, Q].
-            attention_mask: bool [B, 1, Q, K], True where a query may attend; None = plain causal attention; a block
+            attention_mask: bool [B, 1, Q, Q], True where a query may attend; None = plain causal attention; a block
                 mask where FlexAttention is allowed.
             position_ids: int64 [B, Q]; None = 0 … Q−1.
-            cache: keys and values of earlier tokens; this call appends to it.
         """
         output = self.decoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         )
         return output.last_hidden_state
+
+    def appended(self, tokens: Tensor, position: Tensor, packing: Packing, cache: TreeCache) -> Tensor:
+        """The same of tokens that go on from what is in a cache, and are appended to it: [T, D].
+
+        Args:
+            tokens, position: int64 [T].
+            packing: whose they are, and what each may attend to.
+        """
+        cache.write_at(packing)
+        output = self.decoder(
+            input_ids=tokens[None],
+            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),  # the packing's count
+            position_ids=position[None],
+            past_key_values=cache,
+            use_cache=True,
+            packing=packing,
+        )
+        return output.last_hidden_state[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The prediction layer on normed hidden states [N, D]: [N, V]."""

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from recommender.cache import TreeCache
+from recommender.packing import Block, Packing
 
 if TYPE_CHECKING:
     from recommender.backbone import Backbone
     from recommender.prefixes import Prefixes
 
-# What a further forward costs, in tokens that it could have computed: its operators on a CPU, its weights on a GPU.
-_FORWARD = {"cpu": 64}
-_FORWARD_ELSEWHERE = 1024
+# What attention over a further block of rows costs, in tokens of padding: operators on a CPU, launches on a GPU.
+_BLOCK = {"cpu": 64}
+_BLOCK_ELSEWHERE = 1024
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,8 @@ def prefill(backbone: Backbone, prompts: Sequence[np.ndarray], prefixes: Prefixe
     kept = [prefixes.longest(prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]) - kept[row][0])
     prompts, kept = [prompts[row] for row in order], [kept[row] for row in order]
-    filled = [length for length, _ in kept]
-    missing = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
-
-    cache = TreeCache(backbone.num_layers, len(prompts), max(filled) + missing[-1] + headroom)
+    filled = np.array([length for length, _ in kept])
+    cache = TreeCache(backbone.num_layers, len(prompts), max(map(len, prompts)) + headroom)
     row = 0
     for _, same in groupby(kept, key=lambda each: (each[0], id(each[1]))):
         (length, states), *others = same
@@ -53,44 +52,41 @@ def prefill(backbone: Backbone, prompts: Sequence[np.ndarray], prefixes: Prefixe
             cache.load(slice(row, row + 1 + len(others)), states, length)
         row += 1 + len(others)
 
-    groups = batches(missing, _FORWARD.get(backbone.device.type, _FORWARD_ELSEWHERE))
-    hidden = torch.cat([_forward(backbone, prompts[rows], filled[rows], rows, cache) for rows in groups])
-    cache.append_at(max(map(len, prompts)))
+    hidden = _run(backbone, prompts, filled, cache)
     prefixes.keep(prompts, cache)
     return Prefilled(torch.tensor(order, device=backbone.device), hidden, cache)
 
 
-def batches(lengths: Sequence[int], forward: int) -> list[slice]:
-    """Divide rows of rising lengths into batches that cost the least: their padded tokens, and `forward` for each."""
+def _run(backbone: Backbone, prompts: Sequence[np.ndarray], filled: np.ndarray, cache: TreeCache) -> Tensor:
+    """Run what follows the first `filled` [rows] tokens of the prompts, those with the least first: [rows, D]."""
+    device, ends = backbone.device, np.array([len(prompt) for prompt in prompts])
+    missing = ends - filled
+    row = np.repeat(np.arange(len(prompts)), missing)
+    last = missing.cumsum() - 1
+    place = np.arange(len(row)) - (last + 1 - missing)[row]
+    token = np.concatenate([prompt[length:] for prompt, length in zip(prompts, filled, strict=True)])
+    row_of, place_of, slot, tokens = torch.from_numpy(np.stack([row, place, filled[row] + place, token])).to(device)
+    blocks = []
+    for rows in batches(missing.tolist(), _BLOCK.get(device.type, _BLOCK_ELSEWHERE)):
+        own = slice(int(last[rows.start] + 1 - missing[rows.start]), int(last[rows.stop - 1]) + 1)
+        width, keys, mask = int(missing[rows.stop - 1]), int(ends[rows].max()), None
+        if filled[rows].any():
+            first = torch.from_numpy(filled[rows]).to(device)[:, None, None, None]
+            mask = torch.arange(keys, device=device) <= first + torch.arange(width, device=device)[:, None]
+        blocks.append(Block.of(rows, own, width, keys, mask, row_of[own] - rows.start, place_of[own]))
+    hidden = backbone.appended(tokens, slot, Packing(row_of, slot, int(ends.max()), blocks), cache)
+    return hidden[torch.from_numpy(last).to(device)]
+
+
+def batches(lengths: Sequence[int], block: int) -> list[slice]:
+    """Divide rows of rising lengths into blocks that cost the least: their padded tokens, and `block` for each."""
     cost, begin = [0], [0]
     for end, longest in enumerate(lengths, start=1):
         best = min(range(end), key=lambda start: cost[start] + (end - start) * longest)
-        cost.append(cost[best] + (end - best) * longest + forward)
+        cost.append(cost[best] + (end - best) * longest + block)
         begin.append(best)
     found, end = [], len(lengths)
     while end:
         found.append(slice(begin[end], end))
         end = begin[end]
     return found[::-1]
-
-
-def _forward(
-    backbone: Backbone, prompts: Sequence[np.ndarray], filled: Sequence[int], rows: slice, cache: TreeCache
-) -> Tensor:
-    """Run what follows the first `filled` tokens of the prompts in some rows, right-padded: [rows, D]."""
-    missing = [len(prompt) - length for prompt, length in zip(prompts, filled, strict=True)]
-    padded = np.zeros((len(prompts), max(missing)), np.int64)
-    for row, (prompt, length) in enumerate(zip(prompts, filled, strict=True)):
-        padded[row, : missing[row]] = prompt[length:]
-    device = backbone.device
-    input_ids, start = torch.from_numpy(padded).to(device), torch.tensor(filled, device=device)
-    last = torch.tensor(missing, device=device) - 1
-    position_ids = start[:, None] + torch.arange(padded.shape[1], device=device)
-    mask = None
-    if max(filled):
-        position_ids = torch.minimum(position_ids, (start + last)[:, None])  # padding stays within the context
-        slots = torch.arange(max(filled) + padded.shape[1], device=device)
-        mask = (slots <= position_ids[..., None])[:, None]
-    cache.write_at(rows, filled, padded.shape[1])
-    hidden = backbone.hidden(input_ids, mask, position_ids, cache)
-    return hidden[torch.arange(len(prompts), device=device), last]

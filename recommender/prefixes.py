@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from recommender.cache import States, TreeCache
+from recommender.packing import Packing
 
 if TYPE_CHECKING:
     from recommender.backbone import Backbone
@@ -80,10 +81,11 @@ class Prefixes:
 
     def _instruction_states(self) -> States:
         if self._states is None:
-            tokens = torch.from_numpy(self._instruction).to(self._backbone.device).long()[None]
-            cache = TreeCache(self._backbone.num_layers, 1, tokens.shape[1])
-            self._backbone.hidden(tokens, None, torch.arange(tokens.shape[1], device=tokens.device)[None], cache)
-            self._states = cache.states(0, tokens.shape[1])
+            tokens = torch.from_numpy(self._instruction).to(self._backbone.device).long()
+            packing = Packing.of_row(0, len(tokens), None, tokens.device)
+            cache = TreeCache(self._backbone.num_layers, 1, len(tokens))
+            self._backbone.appended(tokens, packing.slot, packing, cache)
+            self._states = cache.states(0, len(tokens))
         return self._states
 
 

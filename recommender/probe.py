@@ -1,8 +1,9 @@
 """The probe: can this backbone run prompt trees?
 
 Sliding windows, linear attention and learned recurrences see more than a token's ancestors, and say nothing. So a
-backbone is asked: a small tree row, and the same samples in rows of their own, must give the same hidden states. Where
-FlexAttention may train it, that must give the same as SDPA, forward and backward.
+backbone is asked: a small tree row, and the same samples in rows of their own, must give the same hidden states; so
+must rows that are packed into one sequence, as searches run them. Where FlexAttention may train it, that must give the
+same as SDPA, forward and backward.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import torch
 
 from recommender.backbone import Backbone
 from recommender.errors import UserError
+from recommender.prefill import prefill
+from recommender.prefixes import Prefixes
 from recommender.tree import Row, Sample, build_row, collate
 
 
@@ -27,6 +30,20 @@ def tree_mismatch(backbone: Backbone, length: int = 64) -> float:
     tree = _hidden(backbone, [build_row(samples)])
     alone = _hidden(backbone, [build_row([sample]) for sample in samples])
     return float((tree - alone).abs().max() / alone.abs().max().clamp_min(1e-12))
+
+
+@torch.inference_mode()
+def packed_mismatch(backbone: Backbone, length: int = 64) -> float:
+    """Largest relative difference between packed prompts and prompts that run alone, in their last hidden states.
+
+    Args:
+        backbone, length: as above.
+    """
+    prompts = [sample.prompt for sample in _samples(backbone, length)]
+    run = prefill(backbone, prompts, Prefixes(backbone, np.empty(0, np.int32)), headroom=0)
+    tokens = [torch.from_numpy(prompts[row]).long()[None].to(backbone.device) for row in run.order.tolist()]
+    alone = torch.cat([backbone.hidden(prompt, None, None)[:, -1] for prompt in tokens]).float()
+    return float((run.hidden.float() - alone).abs().max() / alone.abs().max().clamp_min(1e-12))
 
 
 def flex_mismatch(backbone: Backbone, length: int = 64) -> tuple[float, float]:
@@ -87,11 +104,11 @@ def check_tree(backbone: Backbone, length: int) -> None:
     """Refuse a backbone whose prompt trees cannot be trusted.
 
     Raises:
-        UserError: tree rows disagree with separate rows, or the backbone takes no mask of its own at all.
+        UserError: tree rows, or packed ones, disagree with separate rows; or the backbone takes no mask of its own.
     """
     tolerance = _tolerance(backbone)
     try:
-        mismatch = tree_mismatch(backbone, length)
+        mismatch = max(tree_mismatch(backbone, length), packed_mismatch(backbone, length))
         scaled = _logits_mismatch(backbone)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"backbone: {type(backbone.model).__name__} does not take tree masks: {error}") from error

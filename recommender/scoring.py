@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from recommender.cache import TreeCache
+from recommender.packing import Packing
 from recommender.ragged import ragged
 from recommender.search import log_softmax_within
-from recommender.tree import Batch, Sample, build_row, collate
+from recommender.tree import Batch, Sample, ancestor_mask, build_row, collate
 
 if TYPE_CHECKING:
     from recommender.config import Score
@@ -83,15 +84,16 @@ class CandidateScorer:
         backbone, prefixes = self._search.backbone, self._search.prefixes
         kept, states = prefixes.longest(prompt)
         length = batch.input_ids.shape[1]
-        cache, mask = TreeCache(backbone.num_layers, 1, length), batch.attention_mask()
+        cache = TreeCache(backbone.num_layers, 1, length)
+        mask = None if batch.end is None else ancestor_mask(batch.end)
         if kept:
             cache.load(slice(None), states, kept)
             causal = torch.ones(1, 1, length, length, dtype=torch.bool, device=backbone.device).tril()
             mask = (causal if mask is None else mask)[:, :, kept:]
-        cache.append_at(kept)
-        hidden = backbone.hidden(batch.input_ids[:, kept:], mask, batch.position_ids[:, kept:], cache)
+        packing = Packing.of_row(kept, length, mask, backbone.device)
+        hidden = backbone.appended(batch.input_ids[0, kept:], batch.position_ids[0, kept:], packing, cache)
         prefixes.keep([prompt], cache)
-        return kept, hidden[0]
+        return kept, hidden
 
     def _sample(self, prompt: np.ndarray, item: int, score: Score) -> Sample:
         """A candidate's branch. What is forced after its last choice adds 0 to the `valid` score and is left out."""

@@ -34,6 +34,7 @@ from recommender.cache import TreeCache
 from recommender.config import Score, SearchConfig
 from recommender.filters import Allowed, Filter
 from recommender.frontier import NOTHING, Answers, Ranking, Rows, decoded, keys_of, place_in_row, selected
+from recommender.packing import Block, Packing
 from recommender.prefill import prefill
 from recommender.prefixes import Prefixes
 from recommender.ragged import ragged
@@ -114,7 +115,7 @@ class TreeSearch:
             step = self._choose(rows)
             if step is None:
                 break
-            if (len(rows) - step.rows_alive) * step.longest > step.rows_alive:
+            if len(rows) > 2 * step.rows_alive:  # so that all copies together are no larger than the cache was
                 answers.store(rows)
                 alive = torch.nonzero(step.take).squeeze(1)
                 rows, step = selected(rows, alive), selected(step, alive)
@@ -218,17 +219,14 @@ class TreeSearch:
         row = nodes.row[owner]
         slot = place_in_row(row, len(rows))
         tokens = self.trie.leaf_tokens[start[owner] + place].long()
-
-        input_ids = tokens.new_zeros(len(rows), step.longest)
-        input_ids[row, slot] = tokens
-        position_ids = torch.zeros_like(input_ids)
-        position_ids[row, slot] = rows.prompt_length[row] + above[owner] + place
-        last = length.cumsum(0) - 1
+        position = rows.prompt_length[row] + above[owner] + place
+        last, filled = length.cumsum(0) - 1, cache.end
         mask = tree.append(
-            rows.prompt_length, nodes.parent, nodes.deepest, owner, row, slot, slot - place, last, step.longest,
-            cache.get_seq_length(),
-        )  # fmt: skip
-        hidden = self.backbone.hidden(input_ids, mask, position_ids, cache)[row, slot]
+            rows.prompt_length, nodes.parent, nodes.deepest, owner, row, slot, slot - place, last, step.longest, filled
+        )
+        end = filled + step.longest
+        block = Block.of(slice(0, len(rows)), slice(0, step.tokens), step.longest, end, mask, row, slot)
+        hidden = self.backbone.appended(tokens, position, Packing(row, filled + slot, end, [block]), cache)
 
         if self.config.score == "valid":
             self._receive(rows, nodes, step.sizes, hidden[last])

@@ -87,10 +87,14 @@ def test_forwards_and_tokens_are_counted() -> None:
         return contender.forwards, contender.tokens
 
     first, second = 2 * 3, 1 * 3
-    assert work(lambda part: list(benchmark.prefill(model, part))) == (2, first + second)
+    padded, packed = benchmark.prefills(model)
+    assert work(padded.search) == (2, first + second)
+    assert work(packed.search) == (2, 3 + 1 + second)
+    for one, other in zip(padded.search(asked), packed.search(asked), strict=True):
+        torch.testing.assert_close(one, other)
     # Both items that begin with 1 are told apart after one more forward of that token.
     exact = TreeSearch(model, trie, SearchConfig())
-    assert work(lambda part: exact.search(part, 3)) == (4, first + 2 + second + 1)
+    assert work(lambda part: exact.search(part, 3)) == (4, 3 + 1 + 2 + second + 1)
     # A beam of two runs 1 and 4, then 2 and 3, whose end is forced but asked for.
     masked = MaskedBeams(model, TokenTrie(trie, CPU), 3, END, "full")
     assert work(masked.search) == (6, first + 2 * 2 * 3 + second + 2 * 3)
@@ -154,13 +158,13 @@ def test_all_tables_of_a_bundle(tiny_bundle: Path) -> None:
     assert [len(case.trie) for case in cases] == [200, 300]
     latency = benchmark.latency_table(served, cases, 2, 5, 4, 1, with_generate=True)
     rows = list(zip(*(column.cells for column in latency.columns), strict=True))
-    assert len(rows) == 1 + 2 * 6
+    assert len(rows) == 2 + 2 * 6
     certificates = [row[-2:] for row in rows if row[1] == benchmark.EXACT]
     assert ("100.0%", "1.0000") in certificates
     assert all(recall == "1.0000" for exact, recall in certificates if exact == "100.0%")
     masked, generate = ([row[-1] for row in rows if row[1:3] == (name, "full")] for name in BEAMS)
     assert masked == generate
-    assert benchmark.quality_table(served, cases[0], [10], [5], 2, 1).row_count == 1 + 2 * 4
+    assert benchmark.quality_table(served, cases[0], [10], [5], 2, 1).row_count == 2 + 2 * 4
     assert benchmark.catalogues_table(cases).row_count == 2
 
 

@@ -10,7 +10,7 @@ import transformers.integrations.flex_attention as integration
 from torch.nn.attention import flex_attention as flex
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from recommender.attention import against_flex, allow_flex, choose_attention
+from recommender.attention import against_flex, choose_attention
 from recommender.backbone import Backbone, add_lora, train_tokenizer
 from recommender.config import LoraConfig
 from recommender.errors import UserError
@@ -95,7 +95,7 @@ def _dense(number: Any, listed: Any) -> torch.Tensor:
 @pytest.mark.parametrize("lora", [False, True])
 def test_loss_and_gradients_are_those_of_sdpa(lora: bool, checkpointing: bool) -> None:
     backbone = _llama(lora)
-    allow_flex(backbone, 0)
+    backbone.blocks_from = 0
     backbone.model.train()
     if checkpointing:
         backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -116,14 +116,14 @@ def test_what_does_not_come_in_blocks_is_left_to_sdpa() -> None:
     chain = (batch.input_ids, None, torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids))
     calls: list[tuple[Any, ...]] = [(batch.input_ids, batch.attention_mask(), batch.position_ids), chain]
     before = [backbone.hidden(*call) for call in calls]
-    allow_flex(backbone, 0)
+    backbone.blocks_from = 0
     assert all(a.equal(b) for a, b in zip(before, [backbone.hidden(*call) for call in calls], strict=True))
 
 
 @pytest.mark.usefixtures("on_cpu")
 def test_the_probe_tells_a_flex_attention_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = _llama()
-    allow_flex(backbone, 0)
+    backbone.blocks_from = 0
     assert flex_fault(backbone, 64) is None
     assert max(flex_mismatch(backbone, 64)) < 1e-5
     own = integration.compile_friendly_flex_attention

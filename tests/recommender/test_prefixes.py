@@ -73,10 +73,10 @@ def test_the_instruction_is_computed_once() -> None:
     backbone = sharing.backbone
     assert isinstance(backbone, Counting)
     sharing.search(prompts, 3)
-    assert backbone.forwards[:2] == [10, 3 * 5]  # a prompt that is the instruction alone has its last token run
+    assert backbone.forwards[:2] == [10, 3 + 1 + 5]  # a prompt that is the instruction alone has its last token run
     expanding, backbone.forwards = backbone.forwards[2:], []
     sharing.search(prompts, 3)
-    assert backbone.forwards == [3 * 5, *expanding]
+    assert backbone.forwards == [3 + 1 + 5, *expanding]
 
 
 def test_rows_are_batched_where_that_costs_least() -> None:
@@ -130,9 +130,9 @@ def test_a_history_that_grew_by_an_item_computes_the_item() -> None:
         return backbone.forwards[0]
 
     item = tokens(generator, 4)
-    assert prefilled(one, other) == 2 * 14
+    assert prefilled(one, other) == 14 + 9
     assert prefilled(one, other) == 2 * 2  # the suffix
-    assert prefilled(one, np.concatenate([other, item])) == 2 * 6  # item and suffix; the other row is padded
+    assert prefilled(one, np.concatenate([other, item])) == 2 + 6  # suffix; item and suffix
     assert prefilled(np.concatenate([one[4:], item])) == 14  # a window that slid
 
 

@@ -13,6 +13,7 @@ from recommender.backbone import Backbone
 from recommender.cache import TreeCache
 from recommender.config import SearchConfig
 from recommender.frontier import Ranking
+from recommender.packing import Packing
 from recommender.search import TreeSearch
 from recommender.trie import RadixTrie
 
@@ -48,9 +49,9 @@ class Counting(Backbone):
         super().__init__(model, tokenizer=None)  # type: ignore[arg-type]
         self.forwards: list[int] = []
 
-    def hidden(self, input_ids, *args, **kwargs):  # type: ignore[no-untyped-def]
-        self.forwards.append(input_ids.numel())
-        return super().hidden(input_ids, *args, **kwargs)
+    def appended(self, tokens, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self.forwards.append(len(tokens))
+        return super().appended(tokens, *args, **kwargs)
 
 
 def catalogue(
@@ -312,7 +313,7 @@ def test_a_catalogue_that_parts_at_the_first_token_needs_the_prompt_alone() -> N
     identifiers = [[token, 1, 2, 3, END] for token in range(4, 20)]
     search = tree_search(llama(), identifiers)
     rankings = search.search([[1, 2, 3], [4]], 5)
-    assert search.backbone.forwards == [2 * 3]  # type: ignore[attr-defined]
+    assert search.backbone.forwards == [3 + 1]  # type: ignore[attr-defined]
     assert all(ranking.exact and ranking.expansions == 0 for ranking in rankings)
 
 
@@ -372,16 +373,30 @@ def test_the_cache_grows_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         assert one.items.tolist() == other.items.tolist()
         np.testing.assert_array_equal(one.scores, other.scores)
 
+
+def test_the_cache_puts_tokens_into_their_rows() -> None:
     cache = TreeCache(layers=1, rows=2, capacity=6)
-    first, second = torch.rand(2, 3, 4, 8), torch.rand(2, 3, 2, 8)
-    buffer = cache.update(first, first, 0)[0].data_ptr()
-    keys, values = cache.update(second, second + 1, 0)
-    assert keys.data_ptr() == buffer
-    assert torch.equal(keys, torch.cat([first, second], 2))
-    assert torch.equal(values, torch.cat([first, second + 1], 2))
-    keys, _ = cache.update(second, second, 0)
-    assert torch.equal(keys, torch.cat([first, second, second], 2))
-    assert cache.get_seq_length() == 8
+
+    def write(row: list[int], slot: list[int], end: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        new = torch.rand(1, 3, len(row), 8)  # of 3 heads
+        cache.write_at(Packing(torch.tensor(row), torch.tensor(slot), end, []))
+        keys, values = cache.update(new, new + 1, 0)
+        assert torch.equal(keys[row, :, slot], new[0].transpose(0, 1))
+        written = keys != 0
+        assert torch.equal(values[written], keys[written] + 1)
+        return new, keys, written
+
+    first, keys, written = write([0, 0, 1], [0, 1, 0], 2)
+    assert written.sum() == first.numel()
+    second, later, written = write([0, 1, 1], [2, 4, 2], 5)
+    assert later.data_ptr() == keys.data_ptr()
+    assert written.sum() == first.numel() + second.numel()
+    assert torch.equal(later[0, :, :2], first[0, :, :2])
+    assert cache.end == 5
+    third, grown, written = write([1], [6], 7)
+    assert grown.shape[2] == 14
+    assert torch.equal(grown[:, :, :6].masked_fill(~written[:, :, :6], 0), later)
+    assert written.sum() == first.numel() + second.numel() + third.numel()
 
 
 def test_blocks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from transformers import (
 from recommender.backbone import Backbone, load_backbone, train_tokenizer
 from recommender.config import PresetBackbone
 from recommender.errors import UserError
-from recommender.probe import check_tree, tree_mismatch
+from recommender.probe import check_tree, packed_mismatch, tree_mismatch
 from recommender.tree import Sample, ancestor_mask, build_row, collate
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=6)
@@ -80,6 +80,15 @@ SMALL = {
 )
 def test_backbones_that_can_run_trees_pass_the_probe(model: PreTrainedModel) -> None:
     assert tree_mismatch(_backbone(model), 96) < 1e-5
+    assert packed_mismatch(_backbone(model), 96) < 1e-5
+
+
+def test_a_backbone_that_does_not_pass_on_where_packed_tokens_belong_is_found_out() -> None:
+    backbone = _backbone(LlamaForCausalLM(LlamaConfig(**SMALL)))
+    own = backbone.decoder.forward
+    backbone.decoder.forward = lambda packing=None, **rest: own(**rest)
+    with pytest.raises(UserError, match="does not take tree masks"):
+        check_tree(backbone, 96)
 
 
 def test_a_sliding_window_is_found_out_beyond_its_size() -> None:
