@@ -16,6 +16,7 @@ from deploy.runs import age_shown, bytes_shown, print_comparison, prune
 from recommender.bundle import Manifest, write_bundle
 from recommender.errors import UserError
 from tests.test_cli import HEAVY, ilrec, imported
+from trainer.lock import LOCK, locked
 from trainer.runs import Run, find_runs, named_run
 
 LANGUAGE_MODEL = {"recommender.kind": "language_model", "objective.kind": "msl", "training.epochs": 2}
@@ -96,7 +97,7 @@ def test_each_run_is_told_by_its_files(storage: Path) -> None:
         "sasrec": ("collaborative", "sasrec", "finished", 0.3),
         "collaborative/sasrec-abc": ("collaborative", "sasrec", "finished", 0.1),
         "sweep": ("sweep", "msl", "finished", 0.3),
-        "going": ("language model", "msl", "training at step 10", 0.1),
+        "going": ("language model", "msl", "stopped at step 10", 0.1),
         "new": (None, None, "prepared", None),
     }
     assert by_name(storage)["lm"].test["NDCG@10"] == 0.5
@@ -112,14 +113,19 @@ def test_what_is_no_run_is_left_aside_with_a_note(storage: Path) -> None:
 
 def test_a_run_that_goes_on_is_not_finished(storage: Path) -> None:
     checkpoint(storage / "sasrec", 3, epochs(0.1, 0.3, 0.4), collaborative=True)
-    run = by_name(storage)["sasrec"]
-    assert (run.state, run.validation) == ("training at step 30", 0.4)
+    shutil.rmtree(storage / "sweep" / "bundle")
+    with locked(storage / "sasrec" / LOCK), locked(storage / "sweep" / LOCK):
+        runs = by_name(storage)
+    assert (runs["sasrec"].state, runs["sasrec"].validation) == ("training at step 30", 0.4)
+    assert runs["sweep"].state == "tuning"
+    runs = by_name(storage)
+    assert (runs["sasrec"].state, runs["sweep"].state) == ("stopped at step 30", "stopped")
 
 
 def test_list_prints_a_row_each(storage: Path) -> None:
     text = ilrec("runs", "list", "--storage", str(storage))
     assert not HEAVY & imported(text)
-    for words in ("lm language model msl finished 0.3000 0.5000", "going language model msl training at step 10"):
+    for words in ("lm language model msl finished 0.3000 0.5000", "going language model msl stopped at step 10"):
         assert words in " ".join(text.replace("│", " ").split())
     assert f"note: {storage}/foreign: left aside" in text
     assert "no such directory" in ilrec("runs", "list", "--storage", str(storage / "nowhere"), status=2)
@@ -191,10 +197,12 @@ def test_prune_keeps_what_a_damaged_bundle_or_a_job_may_need(storage: Path) -> N
     log = storage / "sasrec" / "train.log"
     log.touch()
     os.utime(log, (log.stat().st_mtime + 60,) * 2)
-    gone, said = pruned(storage)
-    assert not any(path.startswith(("lm/", "sasrec/")) for path in gone)
+    with locked(storage / "sweep" / LOCK):
+        gone, said = pruned(storage)
+    assert not any(path.startswith(("lm/", "sasrec/", "sweep/")) for path in gone)
     assert any("lm keeps its checkpoints" in line and "differs from its checksum" in line for line in said)
     assert any("sasrec keeps its checkpoints" in line and "may be training" in line for line in said)
+    assert any("sweep keeps its checkpoints" in line and "a command is training there" in line for line in said)
 
 
 def test_prune_takes_what_interrupted_writes_left(storage: Path) -> None:

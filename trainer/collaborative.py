@@ -17,7 +17,7 @@ from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.launch import Trained, run_to_best, torch_trainer
-from trainer.lock import locked
+from trainer.lock import LOCK, locked
 from trainer.prepare import Say
 from trainer.tracking import tracked
 
@@ -82,7 +82,7 @@ def _shared(experiment: Experiment, config: CollaborativeConfig, dataset: Datase
     )
     run.run_dir.mkdir(parents=True, exist_ok=True)
     waiting = f"another experiment is training the collaborative model in {run.run_dir}; waiting for it"
-    with locked(run.run_dir / "lock", lambda: say(waiting)):  # of experiments that start together one trains
+    with locked(run.run_dir / LOCK, lambda: say(waiting)):  # of experiments that start together one trains
         bundle = run.run_dir / "bundle"
         if bundle.exists():
             say(f"collaborative model: {bundle}")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LOCK = ".lock"  # of a run's directory
+_A_GLANCE = 0.1  # seconds; `is_locked` holds a lock for less
+
 
 @contextmanager
-def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a file's lock, on this machine and on those that share the file.
 
     Args:
@@ -20,8 +24,22 @@ def locked(path: Path, busy: Callable[[], None]) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            busy()
+            time.sleep(_A_GLANCE)
+            if is_locked(path):
+                busy()
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:  # a file system that knows no locks
             pass
         yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds a file's lock. False also where the file system knows no locks."""
+    try:
+        with path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False

@@ -15,14 +15,13 @@ from recommender.bundle import read_manifest
 from recommender.errors import UserError
 from trainer.config import CollaborativeBundle, LanguageModelConfig, RewardConfig
 from trainer.experiment import Experiment
-from trainer.lock import locked
+from trainer.lock import LOCK, locked
 from trainer.sweep_config import SweepConfig
 
 SWEEP = "tune"  # the directory of a run that is a sweep
 FAILURE = "failure.txt"  # beside the run's log: why training failed
 CHECKPOINTS = "ray"  # of Ray Train, or of Ray Tune in a sweep's
 IDENTITY = "experiment.json"
-_LOCK = ".lock"
 TRACKING = "tracking.json"  # the ids of the run at MLflow and Weights & Biases
 _FINGERPRINT = "data fingerprint"
 _SHARED = ("world", "data", "recommender", "evaluation")  # evaluation, as validation chooses the epoch
@@ -61,7 +60,7 @@ def alone(experiment: Experiment) -> Iterator[None]:
             "name (--set name=…)"
         )
 
-    with locked(directory / _LOCK, refuse):
+    with locked(directory / LOCK, refuse):
         yield
 
 

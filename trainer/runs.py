@@ -14,6 +14,7 @@ from typing import Any
 
 from recommender.bundle import MANIFEST, read_manifest
 from recommender.errors import UserError
+from trainer.lock import LOCK, is_locked
 from trainer.run import CHECKPOINTS, IDENTITY, SWEEP
 
 _SELECTION = "validation_NDCG@10"
@@ -30,7 +31,8 @@ class Run:
         name: below the storage.
         kind: "language model", "collaborative" or "sweep"; None where nothing was trained yet.
         objective: of a language model; otherwise the kind of collaborative model.
-        state: "prepared", "training at step N", "tuning" or "finished".
+        state: "prepared", "finished"; "training at step N" or "tuning" while a command is at it, otherwise "stopped at
+            step N" or "stopped".
         fields: what decides its outcome (`experiment.json`).
         validation: the best NDCG@10 so far.
         test: metrics on the test targets, by name; empty where it was not evaluated.
@@ -120,12 +122,13 @@ def _read_run(directory: Path, name: str) -> Run:
     objective = fields.get("objective.kind") if kind == "language model" else trained
     history: list[dict[str, Any]] = _json(directory / "training.json") or []
     step, seen = (0, []) if is_sweep else _latest(directory / CHECKPOINTS)
+    runs = is_locked(directory / LOCK)
     if manifest is not None and history and step <= history[-1]["step"]:
         state = "finished"
     elif is_sweep:
-        state = "tuning"
+        state = "tuning" if runs else "stopped"
     else:
-        state, history = f"training at step {step}" if fields else "prepared", seen
+        state, history = f"{'training' if runs else 'stopped'} at step {step}" if fields else "prepared", seen
     test = _json(directory / "evaluation" / "test.json")
     return Run(
         directory=directory,
@@ -170,6 +173,8 @@ def prunable(run: Run) -> Iterator[tuple[Path, str]]:
     yield from _interrupted_writes(run)
     if run.state == "finished" and run.checkpoints.is_dir() and any(run.checkpoints.iterdir()):
         read_manifest(run.directory / "bundle")
+        if is_locked(run.directory / LOCK):
+            raise UserError(f"{run.directory}: a command is training there")
         if run.log.exists() and run.log.stat().st_mtime > (run.directory / "training.json").stat().st_mtime:
             raise UserError(f"{run.log} is newer than training.json, so it may be training")
         yield run.checkpoints, "checkpoints"
