@@ -142,7 +142,10 @@ class SearchConfig(StrictModel):
         "exact", description="exact: widen until the top-K is proven or the node budget is spent; beam: `width` only."
     )
     width: int = Field(
-        20, ge=1, description="beam: nodes kept per level of branching; exact: nodes expanded a forward."
+        20,
+        ge=1,
+        description="beam: nodes kept per level of branching; exact: nodes expanded a forward, twice as many after "
+        "every four.",
     )
     node_budget: int = Field(400, ge=1, description="exact: the most nodes that are expanded for one history.")
     temperature: float | None = Field(

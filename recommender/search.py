@@ -21,6 +21,7 @@ first.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 HEADROOM = 128  # slots of a cache row for what a search appends, before it has to grow
 _FURTHER = 32  # nodes, the largest below an open one, that compete with the open ones
+_STEPS_OF_A_WIDTH = 4  # after which it doubles
 _LOGITS_AT_ONCE = 2**26  # elements of one block of logits
 _FEW = 8  # times as fast are the logits of all tokens as those of single ones, each
 
@@ -111,8 +113,8 @@ class TreeSearch:
         run = prefill(self.backbone, [np.asarray(p, np.int32) for p in prompts], self.prefixes, HEADROOM)
         rows, cache, tree = selected(rows, run.order), run.cache, AppendedTree(self.backbone.device)
         self._expand_root(rows, run.hidden)
-        while True:
-            step = self._choose(rows)
+        for number in itertools.count():
+            step = self._choose(rows, self._width(number))
             if step is None:
                 break
             if len(rows) > 2 * step.rows_alive:  # so that all copies together are no larger than the cache was
@@ -172,12 +174,16 @@ class TreeSearch:
         sizes = _Sizes(entries=count * self.root_children, widest=self.root_children)
         self._receive(rows, nodes, sizes, hidden, logits)
 
-    def _choose(self, rows: Rows) -> _Step | None:
+    def _width(self, step: int) -> int:
+        """Nodes that a step expands: who is not done after a few steps needs many more nodes, and few forwards."""
+        return self.config.width << step // _STEPS_OF_A_WIDTH if self.config.mode == "exact" else self.config.width
+
+    def _choose(self, rows: Rows, width: int) -> _Step | None:
         """The best nodes of each row that could still change its answer. The one wait for the device per step.
 
         A node that is not open has the open one above it chosen as well, and all between: it has fewer leaves.
         """
-        width, bar, below = self.config.width, rows.last_wanted(), self.expansion.below
+        bar, below = rows.last_wanted(), self.expansion.below
         live = rows.open_key > bar[:, None]
         live_count = live.sum(1)
         above, live = rows.open_node[:, :width], live[:, :width, None]

@@ -345,6 +345,16 @@ def test_what_will_probably_be_wanted_is_expanded_in_the_same_forward() -> None:
         assert len(many.backbone.forwards) < len(few.backbone.forwards) / 3  # type: ignore[attr-defined]
 
 
+def test_steps_widen_for_those_who_need_many_nodes() -> None:
+    identifiers, (prompt, *_) = catalogue(1, items=60, alphabet=2), histories(1)
+    search = tree_search(llama(1, scale=1.0), identifiers, width=2)
+    (ranking,) = search.search([prompt], 60)
+    steps = len(search.backbone.forwards) - 1  # type: ignore[attr-defined]
+    assert ranking.exact
+    assert ranking.expansions > 2 * steps  # two at a time for four steps, then four, and so on
+    assert ranking.expansions <= sum(2 << step // 4 for step in range(steps))
+
+
 @pytest.mark.parametrize("score", ["valid", "full"])
 def test_one_item(score: str) -> None:
     model, identifiers = llama(), [[3, 4, END]]
