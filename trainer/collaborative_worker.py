@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from recommender.bundle import Manifest
 from recommender.catalogue import Catalogue
 from recommender.collaborative.model import CollaborativeModel
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
-from recommender.errors import UserError
 from recommender.metrics import metric_values
 from trainer import preemption, storage
 from trainer.agreement import agreed
@@ -35,7 +35,7 @@ from trainer.config import EvaluationConfig, LanguageModelConfig
 from trainer.curves import Curves
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
-from trainer.preemption import Preempted
+from trainer.outcome import outcome_of, refuse_to_repeat
 from trainer.ranking import HeldOut, held_out, ranks_of
 from trainer.storage import COLLABORATIVE, SELECTION
 from trainer.tracking import Tracking
@@ -59,18 +59,10 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         config: `experiment` (JSON), `prepared` (the directory that `prepare` wrote), `log` (a file for progress).
 
     Returns:
-        `error`: what the user has to mend, or None; returned, not raised, since a restart would only repeat it.
-        `preempted`: whether training has to go on elsewhere.
+        How it ended, see `trainer/outcome.py`.
     """
-    try:
-        _train(Experiment.model_validate_json(config["experiment"]), Path(config["prepared"]), Path(config["log"]))
-    except (UserError, FloatingPointError) as error:
-        return {"error": str(error), "preempted": False}
-    except Preempted:
-        return {"error": None, "preempted": True}
-    except torch.OutOfMemoryError as error:  # on one rank perhaps, while the others wait: Ray ends them all
-        raise RuntimeError(TOO_LARGE) from error
-    return {"error": None, "preempted": False}
+    experiment, log = Experiment.model_validate_json(config["experiment"]), Path(config["log"])
+    return outcome_of(partial(_train, experiment, Path(config["prepared"]), log), log, TOO_LARGE)
 
 
 def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
@@ -80,6 +72,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
     device = ray.train.torch.get_device()
     say = Progress(log, rank)
     with agreed(device):  # a node may lack what others have
+        refuse_to_repeat(log)
         dataset = Dataset.load(prepared / "dataset")
     windows = TrainingWindows(dataset, config.max_length, config.batch, config.seed)
     torch.manual_seed(config.seed)

@@ -25,6 +25,7 @@ from ray.train.v2.api.callback import RayTrainCallback
 
 from recommender.errors import UserError
 from trainer.experiment import Experiment
+from trainer.outcome import forget
 from trainer.prepare import Say
 from trainer.run import CHECKPOINTS, FAILURE
 from trainer.storage import SELECTION, drop_damaged
@@ -113,6 +114,7 @@ def run_to_best(trainer: TorchTrainer, log: Path, say: Say, too_large: str) -> T
         UserError: training stopped; says why, and what to do.
     """
     checkpoints = log.parent / CHECKPOINTS
+    forget(log)
     with following(log, say):
         drop_damaged(checkpoints, say)
         while True:

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ from trainer.data.dataset import Dataset
 from trainer.engine import build_engine, copy_weights, loss_scale, set_learning_rate
 from trainer.experiment import Experiment
 from trainer.module import MicroBatch, TrainedModel, dtype_of
+from trainer.outcome import outcome_of, refuse_to_repeat
 from trainer.plan import BatchPlan, Step
-from trainer.preemption import Preempted
 from trainer.ranking import held_out, ranks_of
 from trainer.rows import TrainingRows
 from trainer.storage import SELECTION
@@ -67,23 +68,11 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             `collaborative` (the bundle of the model that rewards come from, or None).
 
     Returns:
-        `error`: what the user has to mend, or None. All ranks say the same, and a restart would only repeat it; so it
-        is returned, and not raised for Ray to try again. `preempted`: whether training has to go on elsewhere.
+        How it ended, see `trainer/outcome.py`.
     """
-    try:
-        _train(
-            Experiment.model_validate_json(config["experiment"]),
-            Path(config["prepared"]),
-            Path(config["log"]),
-            config["collaborative"],
-        )
-    except (UserError, FloatingPointError) as error:
-        return {"error": str(error), "preempted": False}
-    except Preempted:
-        return {"error": None, "preempted": True}
-    except torch.OutOfMemoryError as error:  # on one rank perhaps, while the others wait: Ray ends them all
-        raise RuntimeError(TOO_LARGE) from error
-    return {"error": None, "preempted": False}
+    experiment, log = Experiment.model_validate_json(config["experiment"]), Path(config["log"])
+    train = partial(_train, experiment, Path(config["prepared"]), log, config["collaborative"])
+    return outcome_of(train, log, TOO_LARGE)
 
 
 def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str | None) -> None:
@@ -92,6 +81,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
     device = ray.train.torch.get_device()
     say = Progress(log, rank)
     with agreed(device):  # a node may lack what others have
+        refuse_to_repeat(log)
         dataset, space = Dataset.load(prepared / "dataset"), ItemSpace.load(prepared / "items")
         backbone = starting_backbone(experiment, space)
         backbone.to(device)
