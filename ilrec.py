@@ -241,7 +241,7 @@ def evaluate(
 @app.command()
 def recommend(
     bundle: Bundle,
-    history: Annotated[str, typer.Option(help='Item ids or titles, oldest first, parted by ";".')],
+    history: Annotated[str, typer.Option(help='Item ids or titles, oldest first, parted by ";"; or a JSON list.')],
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     seen: Annotated[bool, typer.Option("--seen/--unseen", help="Whether items of the history may come back.")] = False,
 ) -> None:
@@ -250,8 +250,9 @@ def recommend(
     \b
     ilrec recommend runs/demo/bundle --history "i12; i7; i99"
     ilrec recommend runs/office/bundle --history "12; 431; 77" -k 5
+    ilrec recommend runs/shop/bundle --history '["Tent; two persons", "Stove"]'
     """
-    texts = [text.strip() for text in history.split(";") if text.strip()]
+    texts = _listed(history)
     if not texts:
         raise UserError('--history is empty; give ids or titles parted by ";"')
     from recommender.loading import load_recommender
@@ -265,6 +266,17 @@ def recommend(
         _say(f"only {len(answer.items)} items are left to recommend")
     limit = "search.node_budget or search.width ended the search"
     _say("exact: this is the true top-K" if answer.exact else f"not exact: {limit}")
+
+
+def _listed(history: str) -> list[str]:
+    """What a history names: a JSON list's texts, or what semicolons part."""
+    import json
+
+    try:
+        given = json.loads(history)
+    except ValueError:
+        given = None
+    return [text for each in (given if isinstance(given, list) else history.split(";")) if (text := str(each).strip())]
 
 
 @app.command()

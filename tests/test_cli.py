@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
+from ilrec import _listed
 from recommender.errors import UserError
 from recommender.recommender import Recommender
 from trainer.experiment import Experiment, load_experiment
@@ -269,6 +270,14 @@ def test_recommend_prints_k_lines(tiny_bundle: Path, recommender: Recommender) -
     assert listed(text) == rows
     assert "exact: this is the true top-K" in text
     assert not {"ray", "deepspeed"} & imported(text)
+
+
+def test_a_history_may_be_a_json_list() -> None:
+    titles = ["Tent; two persons", "[Import] stove"]
+    assert _listed(json.dumps(titles)) == titles
+    assert _listed("[Import] stove; 12") == ["[Import] stove", "12"]
+    assert _listed("12") == ["12"]
+    assert _listed("[]") == _listed(" ; ") == []
 
 
 def test_recommend_says_what_is_left(tiny_bundle: Path) -> None:
