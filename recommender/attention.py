@@ -1,7 +1,7 @@
 """Which attention computes prompt trees: SDPA under a boolean mask, or FlexAttention, which skips blocks.
 
-A call decides: a packed sequence (searches) goes to SDPA block by block, a block mask to FlexAttention, all else to
-SDPA as `transformers` has it. FlexAttention trains on GPUs only.
+The mask of a call decides: under a packed one (searches) SDPA computes block by block, a block mask goes to
+FlexAttention, all else to SDPA as `transformers` has it. FlexAttention trains on GPUs only.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
     from recommender.backbone import Backbone
-    from recommender.packing import Packing
 
 # Padded to whole blocks, shorter rows grow by more than they could skip. On paper: no GPU was at hand to measure it.
 _LONG = 512
@@ -24,7 +23,7 @@ _NAME = "prompt_trees"
 
 
 def route_attention(decoder: Any) -> None:
-    """Let each call of a decoder decide on its attention.
+    """Let the mask of each call of a decoder decide on its attention.
 
     Raises:
         UserError: it has an attention of its own, which cannot be replaced.
@@ -38,7 +37,7 @@ def route_attention(decoder: Any) -> None:
             f"backbone: {type(decoder).__name__} does not attend through transformers' interface for SDPA (but by "
             f"{own!r}); use a Llama-, Qwen-, GPT-2- or OPT-like model"
         )
-    AttentionInterface.register(_NAME, _by_call)
+    AttentionInterface.register(_NAME, _by_mask)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     decoder.set_attn_implementation(_NAME)
 
@@ -73,25 +72,26 @@ def against_flex(decoder: Any, device: str) -> str | None:
     return None
 
 
-def _by_call(
+def _by_mask(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | BlockMask | None,
-    packing: Packing | None = None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
     from torch.nn.attention.flex_attention import BlockMask
     from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if packing is not None:
+    from recommender.packing import PackedMask
+
+    if isinstance(attention_mask, PackedMask):
 
         def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
             return sdpa_attention_forward(module, query, key, value, mask, **rest)[0]
 
-        return packing.attend(sdpa, query, key, value), None
+        return attention_mask.packing.attend(sdpa, query, key, value), None
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, **rest)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)

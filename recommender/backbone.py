@@ -101,11 +101,10 @@ class Backbone:
         cache.write_at(packing)
         output = self.decoder(
             input_ids=tokens[None],
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device),  # the packing's count
+            attention_mask=packing.as_mask(tokens.device),
             position_ids=position[None],
             past_key_values=cache,
             use_cache=True,
-            packing=packing,
         )
         return output.last_hidden_state[0]
 

@@ -97,3 +97,15 @@ class Packing:
             seen, read = (states[block.rows, :, : block.keys] for states in (keys, values))
             found.append(block.packed(attention(block.padded(query[0]), seen, read, block.mask)))
         return (found[0] if len(found) == 1 else torch.cat(found))[None]
+
+    def as_mask(self, device: torch.device) -> PackedMask:
+        """The mask under which a decoder attends like this; see `recommender/attention.py`."""
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device).as_subclass(PackedMask)
+        mask.packing = self
+        return mask
+
+
+class PackedMask(Tensor):
+    """What `transformers` takes for a finished mask, as it has four dimensions, and so hands to attention untouched."""
+
+    packing: Packing

@@ -110,7 +110,7 @@ def check_tree(backbone: Backbone, length: int) -> None:
     try:
         mismatch = max(tree_mismatch(backbone, length), packed_mismatch(backbone, length))
         scaled = _logits_mismatch(backbone)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         raise UserError(f"backbone: {type(backbone.model).__name__} does not take tree masks: {error}") from error
     if scaled > tolerance:
         raise UserError(

@@ -83,10 +83,10 @@ def test_backbones_that_can_run_trees_pass_the_probe(model: PreTrainedModel) -> 
     assert packed_mismatch(_backbone(model), 96) < 1e-5
 
 
-def test_a_backbone_that_does_not_pass_on_where_packed_tokens_belong_is_found_out() -> None:
+def test_a_backbone_that_makes_masks_of_its_own_is_found_out() -> None:
     backbone = _backbone(LlamaForCausalLM(LlamaConfig(**SMALL)))
     own = backbone.decoder.forward
-    backbone.decoder.forward = lambda packing=None, **rest: own(**rest)
+    backbone.decoder.forward = lambda attention_mask, **rest: own(attention_mask=None, **rest)
     with pytest.raises(UserError, match="does not take tree masks"):
         check_tree(backbone, 96)
 
