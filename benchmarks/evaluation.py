@@ -7,8 +7,8 @@ trained model may need fewer nodes to prove a list.
 
 - Evaluation: the largest of `evaluation.cutoffs` items for a seeded sample of test targets, as `ilrec evaluate` ranks
   them, in each precision and batch.
-- Training: a few optimiser steps of an epoch through the training loop, under both history rules, with the experiment's
-  objective and `training.precision`.
+- Training: a few optimiser steps of an epoch, from short rows to long ones, through the training loop, under both
+  history rules, with the experiment's objective and `training.precision`.
 
 Whole splits and epochs are extrapolated, by targets and by tokens.
 """
@@ -98,7 +98,8 @@ def epochs(
     for rule in RULES:
         rows = TrainingRows(dataset, space, under(training, rule), built.branching_only)
         plan = BatchPlan(rows.lengths, rows.counted, training.batch_tokens, training.seed).epoch(0)
-        chosen = plan[1 : 1 + steps]  # the first is the one with the longest row
+        by_length = sorted(plan, key=lambda step: rows.lengths[step.rows].mean())
+        chosen = [by_length[(2 * n + 1) * len(plan) // (2 * steps)] for n in range(steps)]  # short, middling, long rows
 
         def run(rows: TrainingRows = rows, chosen: Sequence[Step] = chosen) -> None:
             for step in chosen:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _LONG = 512
 _DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout")  # in models' configs
 _NAME = "prompt_trees"
+_REMEDY = "use a Llama-, Qwen-, GPT-2- or OPT-like model"
 
 
 def route_attention(decoder: Any) -> None:
@@ -31,12 +32,11 @@ def route_attention(decoder: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    own = decoder.config._attn_implementation
-    if own not in ("sdpa", _NAME) or not decoder._can_set_attn_implementation():
-        raise UserError(
-            f"backbone: {type(decoder).__name__} does not attend through transformers' interface for SDPA (but by "
-            f"{own!r}); use a Llama-, Qwen-, GPT-2- or OPT-like model"
-        )
+    own, model = decoder.config._attn_implementation, type(decoder).__name__
+    if own not in ("sdpa", _NAME):
+        raise UserError(f"backbone: {model} attends by {own!r} and not by SDPA; {_REMEDY}")
+    if not decoder._can_set_attn_implementation():
+        raise UserError(f"backbone: {model} has attention classes of its own; {_REMEDY}")
     AttentionInterface.register(_NAME, _by_mask)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     decoder.set_attn_implementation(_NAME)
@@ -87,11 +87,14 @@ def _by_mask(
     from recommender.packing import PackedMask
 
     if isinstance(attention_mask, PackedMask):
+        packing = attention_mask.packing
+        if packing is None:
+            raise UserError(f"backbone: {type(module).__name__} makes masks of its own; {_REMEDY}")
 
         def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
             return sdpa_attention_forward(module, query, key, value, mask, **rest)[0]
 
-        return attention_mask.packing.attend(sdpa, query, key, value), None
+        return packing.attend(sdpa, query, key, value), None
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, **rest)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)

@@ -1,4 +1,4 @@
-"""A key-value cache that is written in place: a search appends to it and never copies, expands or reorders it."""
+"""A key-value cache that is written in place: a search appends to it and never expands or reorders it."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class TreeCache(Cache):
         capacity: slots of each, to begin with.
 
     Attributes:
-        end: slots that are taken, in the row with the most.
+        end: where the latest tokens end, in the row with the most.
     """
 
     def __init__(self, layers: int, rows: int, capacity: int) -> None:
@@ -90,7 +90,7 @@ class TreeCache(Cache):
 
     def write_at(self, packing: Packing) -> None:
         """Let the next update write these tokens. A cache that is full doubles."""
-        self.end = max(self.end, packing.end)
+        self.end = packing.end
         if self.end > self.capacity:
             self.capacity = 2 * self.end
             for layer in self.tree_layers:
@@ -112,6 +112,6 @@ class TreeCache(Cache):
         return [(keys[row, :length].clone(), values[row, :length].clone()) for keys, values in found]
 
     def keep_rows(self, rows: Tensor) -> None:
-        """Drop all rows but `rows` (int64 [n]): the one copy, worth it when few rows are still searched."""
+        """Drop all rows but `rows` (int64 [n]): a copy, worth it when less than half are still searched."""
         for layer in self.tree_layers:
             layer.keys, layer.values = (states.index_select(0, rows) for states in layer.written())

@@ -106,6 +106,9 @@ class Packing:
 
 
 class PackedMask(Tensor):
-    """What `transformers` takes for a finished mask, as it has four dimensions, and so hands to attention untouched."""
+    """What `transformers` takes for a finished mask, as it has four dimensions, and so hands to attention untouched.
 
-    packing: Packing
+    A model that makes another mask of it gets one without a packing.
+    """
+
+    packing: Packing | None = None

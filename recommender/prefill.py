@@ -52,9 +52,10 @@ def prefill(backbone: Backbone, prompts: Sequence[np.ndarray], prefixes: Prefixe
             cache.load(slice(row, row + 1 + len(others)), states, length)
         row += 1 + len(others)
 
+    order_of_rows = torch.tensor(order, device=backbone.device)  # before the forward, for which a copy would wait
     hidden = _run(backbone, prompts, filled, cache)
     prefixes.keep(prompts, cache)
-    return Prefilled(torch.tensor(order, device=backbone.device), hidden, cache)
+    return Prefilled(order_of_rows, hidden, cache)
 
 
 def _run(backbone: Backbone, prompts: Sequence[np.ndarray], filled: np.ndarray, cache: TreeCache) -> Tensor:
@@ -66,7 +67,7 @@ def _run(backbone: Backbone, prompts: Sequence[np.ndarray], filled: np.ndarray, 
     place = np.arange(len(row)) - (last + 1 - missing)[row]
     token = np.concatenate([prompt[length:] for prompt, length in zip(prompts, filled, strict=True)])
     row_of, place_of, slot, tokens = torch.from_numpy(np.stack([row, place, filled[row] + place, token])).to(device)
-    blocks = []
+    last_of_rows, blocks = torch.from_numpy(last).to(device), []
     for rows in batches(missing.tolist(), _BLOCK.get(device.type, _BLOCK_ELSEWHERE)):
         own = slice(int(last[rows.start] + 1 - missing[rows.start]), int(last[rows.stop - 1]) + 1)
         width, keys, mask = int(missing[rows.stop - 1]), int(ends[rows].max()), None
@@ -75,7 +76,7 @@ def _run(backbone: Backbone, prompts: Sequence[np.ndarray], filled: np.ndarray, 
             mask = torch.arange(keys, device=device) <= first + torch.arange(width, device=device)[:, None]
         blocks.append(Block.of(rows, own, width, keys, mask, row_of[own] - rows.start, place_of[own]))
     hidden = backbone.appended(tokens, slot, Packing(row_of, slot, int(ends.max()), blocks), cache)
-    return hidden[torch.from_numpy(last).to(device)]
+    return hidden[last_of_rows]
 
 
 def batches(lengths: Sequence[int], block: int) -> list[slice]:

@@ -108,16 +108,18 @@ def check_tree(backbone: Backbone, length: int) -> None:
     """
     tolerance = _tolerance(backbone)
     try:
-        mismatch = max(tree_mismatch(backbone, length), packed_mismatch(backbone, length))
+        mismatch = tree_mismatch(backbone, length)
+        if mismatch <= tolerance:  # what cannot run trees is told so before it meets a cache
+            mismatch = packed_mismatch(backbone, length)
         scaled = _logits_mismatch(backbone)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"backbone: {type(backbone.model).__name__} does not take tree masks: {error}") from error
-    if scaled > tolerance:
+    if not scaled <= tolerance:  # nor NaN
         raise UserError(
             f"backbone: {type(backbone.model).__name__} does more to its logits than its prediction layer does "
             "(scaling, soft-capping), which training and search would leave out; use a Llama, Qwen2/3 or GPT-2 model"
         )
-    if mismatch > tolerance:
+    if not mismatch <= tolerance:
         raise UserError(
             f"backbone: {type(backbone.model).__name__} cannot run prompt trees: on a row of {length} tokens its "
             f"hidden states are off by {mismatch:.1%} (sliding windows and linear attention look past ancestors). "

@@ -114,7 +114,8 @@ class TreeSearch:
         rows, cache, tree = selected(rows, run.order), run.cache, AppendedTree(self.backbone.device)
         self._expand_root(rows, run.hidden)
         for number in itertools.count():
-            step = self._choose(rows, self._width(number))
+            # Who is not done after a few steps needs many more nodes, and few forwards. A beam has no more to choose.
+            step = self._choose(rows, self.config.width << number // _STEPS_OF_A_WIDTH)
             if step is None:
                 break
             if len(rows) > 2 * step.rows_alive:  # so that all copies together are no larger than the cache was
@@ -173,10 +174,6 @@ class TreeSearch:
             logits = self.backbone.logits_among(hidden, self.trie.first_token[1 : 1 + self.root_children]).flatten()
         sizes = _Sizes(entries=count * self.root_children, widest=self.root_children)
         self._receive(rows, nodes, sizes, hidden, logits)
-
-    def _width(self, step: int) -> int:
-        """Nodes that a step expands: who is not done after a few steps needs many more nodes, and few forwards."""
-        return self.config.width << step // _STEPS_OF_A_WIDTH if self.config.mode == "exact" else self.config.width
 
     def _choose(self, rows: Rows, width: int) -> _Step | None:
         """The best nodes of each row that could still change its answer. The one wait for the device per step.

@@ -21,15 +21,18 @@ def locked(path: Path, busy: Callable[[], None] = lambda: None) -> Iterator[None
         busy: called where another process holds it. Unless it raises, the lock is then waited for.
     """
     with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_A_GLANCE)
-            if is_locked(path):
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(_A_GLANCE)
+                if not is_locked(path):
+                    continue
                 busy()
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:  # a file system that knows no locks
-            pass
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:  # a file system that knows no locks
+                pass
+            break
         yield
 
 

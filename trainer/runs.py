@@ -32,7 +32,7 @@ class Run:
         kind: "language model", "collaborative" or "sweep"; None where nothing was trained yet.
         objective: of a language model; otherwise the kind of collaborative model.
         state: "prepared", "finished"; "training at step N" or "tuning" while a command is at it, otherwise "stopped at
-            step N" or "stopped".
+            step N" or "stopped", and always so where the file system knows no locks.
         fields: what decides its outcome (`experiment.json`).
         validation: the best NDCG@10 so far.
         test: metrics on the test targets, by name; empty where it was not evaluated.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,8 +96,27 @@ def test_a_model_computes_packed_rows_as_rows_of_their_own(kind: str) -> None:
         torch.testing.assert_close(torch.cat(halves), own, atol=1e-5, rtol=1e-4)
 
 
-def test_a_model_that_attends_in_its_own_way_is_refused() -> None:
+def test_a_model_that_attends_in_its_own_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = _models()["gpt2"]
     model.set_attn_implementation("eager")
-    with pytest.raises(UserError, match=r"GPT2Model does not attend through .* \(but by 'eager'\); use a Llama"):
+    with pytest.raises(UserError, match=r"GPT2Model attends by 'eager' and not by SDPA; use a Llama"):
         Backbone(model, tokenizer=None)  # type: ignore[arg-type]
+    model = _models()["gpt2"]
+    monkeypatch.setattr(type(model.get_decoder()), "_can_set_attn_implementation", classmethod(lambda cls: False))
+    with pytest.raises(UserError, match=r"GPT2Model has attention classes of its own; use a Llama"):
+        Backbone(model, tokenizer=None)  # type: ignore[arg-type]
+
+
+def test_a_mask_that_lost_its_packing_is_refused() -> None:
+    backbone = Backbone(_models()["qwen3"].eval(), tokenizer=None)  # type: ignore[arg-type]
+    own = backbone.decoder.forward
+    backbone.decoder.forward = lambda attention_mask, **rest: own(attention_mask=attention_mask & True, **rest)
+    packing = Packing.of_row(0, 3, None, torch.device("cpu"))
+    with pytest.raises(UserError, match="Qwen3Attention makes masks of its own"):
+        backbone.appended(torch.tensor([1, 2, 3]), packing.slot, packing, TreeCache(2, 1, 3))
+
+
+def test_what_is_saved_names_no_attention_of_ours(tmp_path: Path) -> None:
+    backbone = Backbone(_models()["gpt2"], tokenizer=None)  # type: ignore[arg-type]
+    backbone.model.save_pretrained(tmp_path)
+    assert backbone.decoder.config._attn_implementation not in (tmp_path / "config.json").read_text()

@@ -355,6 +355,18 @@ def test_steps_widen_for_those_who_need_many_nodes() -> None:
     assert ranking.expansions <= sum(2 << step // 4 for step in range(steps))
 
 
+def test_rows_that_are_done_are_dropped_once_they_are_more_than_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, identifiers, prompts = llama(3, scale=1.0), catalogue(3, items=60, alphabet=2), histories(3, count=5)
+    kept: list[int] = []
+    own = TreeCache.keep_rows
+    monkeypatch.setattr(TreeCache, "keep_rows", lambda cache, rows: (kept.append(len(rows)), own(cache, rows)))
+    search = tree_search(model, identifiers, width=2)
+    rankings = search.search(prompts, [1, 1, 60, 1, 60])
+    assert kept[0] == 2
+    for prompt, k, ranking in zip(prompts, [1, 1, 60, 1, 60], rankings, strict=True):
+        assert_true_top(ranking, scores_of_all_items(model, prompt, identifiers, "valid"), k)
+
+
 @pytest.mark.parametrize("score", ["valid", "full"])
 def test_one_item(score: str) -> None:
     model, identifiers = llama(), [[3, 4, END]]

@@ -86,9 +86,20 @@ def test_backbones_that_can_run_trees_pass_the_probe(model: PreTrainedModel) -> 
 def test_a_backbone_that_makes_masks_of_its_own_is_found_out() -> None:
     backbone = _backbone(LlamaForCausalLM(LlamaConfig(**SMALL)))
     own = backbone.decoder.forward
-    backbone.decoder.forward = lambda attention_mask, **rest: own(attention_mask=None, **rest)
-    with pytest.raises(UserError, match="does not take tree masks"):
+
+    def changing(attention_mask: torch.Tensor | None, **rest: object) -> object:
+        return own(attention_mask=None if attention_mask is None else attention_mask & True, **rest)
+
+    backbone.decoder.forward = changing
+    with pytest.raises(UserError, match="LlamaAttention makes masks of its own"):
         check_tree(backbone, 96)
+
+
+@pytest.mark.parametrize("check", ["tree_mismatch", "packed_mismatch", "_logits_mismatch"])
+def test_no_check_passes_by_not_a_number(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"recommender.probe.{check}", lambda *_: float("nan"))
+    with pytest.raises(UserError, match=r"prompt trees|logits"):
+        check_tree(_backbone(LlamaForCausalLM(LlamaConfig(**SMALL))), 96)
 
 
 def test_a_sliding_window_is_found_out_beyond_its_size() -> None:
