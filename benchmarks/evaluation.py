@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="of the experiment")
     parser.add_argument("--targets", type=int, default=192, help="of the test split, a seeded sample")
     parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--steps", type=int, default=3, help="of each history rule")
+    parser.add_argument("--steps", type=int, default=5, help="of each history rule")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
