@@ -24,18 +24,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.packing import RULES, load, start_alone, under
+from benchmarks.packing import RULES, under
+from benchmarks.profile_step import engine_alone, load
 from benchmarks.timing import in_turns, ratio, spread
-from objectives.config import ObjectiveConfig, needs_rewards
-from objectives.objective import build_objective
 from recommender.backbone import load_backbone
 from recommender.bundle import Manifest
 from recommender.errors import UserError
 from recommender.items import ItemSpace
 from recommender.recommender import Recommender
 from trainer.data.dataset import Dataset
-from trainer.experiment import Experiment, load_experiment
-from trainer.module import TrainedModel, dtype_of
+from trainer.experiment import Experiment
+from trainer.module import dtype_of
 from trainer.plan import BatchPlan, Step
 from trainer.ranking import HeldOut, Ranking, held_out, ranks_of
 from trainer.rows import TrainingRows
@@ -78,25 +77,14 @@ def evaluations(
     return made
 
 
-def epochs(
-    experiment: Experiment, objective: ObjectiveConfig, dataset: Dataset, space: ItemSpace, steps: int
-) -> list[Contender]:
+def epochs(experiment: Experiment, dataset: Dataset, space: ItemSpace, steps: int) -> list[Contender]:
     """Optimiser steps on rows of each history rule, drawn from an epoch's plan. The rules share weights and engine."""
-    from trainer.engine import build_engine, set_learning_rate
+    training, (engine, module) = experiment.training, engine_alone(experiment, space)
     from trainer.worker import optimiser_step
-
-    training = experiment.training.model_copy(update={"accumulation": 1})
-    backbone = load_backbone(experiment.backbone, space.tokenizer, dtype_of(training.precision), training.seed)
-    built = build_objective(objective, backbone.num_layers, space.trie)
-    memory = training.logits_memory_mb or 256
-    module = TrainedModel(backbone, built, space.trie, training.dropout, logits_memory_mb=memory)
-    start_alone("cpu")
-    engine = build_engine(module, training)
-    set_learning_rate(engine, training.learning_rate)
 
     made = []
     for rule in RULES:
-        rows = TrainingRows(dataset, space, under(training, rule), built.branching_only)
+        rows = TrainingRows(dataset, space, under(training, rule), module.objective.branching_only)
         plan = BatchPlan(rows.lengths, rows.counted, training.batch_tokens, training.seed).epoch(0)
         by_length = sorted(plan, key=lambda step: rows.lengths[step.rows].mean())
         chosen = [by_length[(2 * n + 1) * len(plan) // (2 * steps)] for n in range(steps)]  # short, middling, long rows
@@ -139,20 +127,17 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
-        objective = load_experiment(args.config, args.set).objective
-        if needs_rewards(objective):
-            parser.error("this objective takes rewards from a collaborative model; --set objective.crr_weight=0")
         experiment, dataset, space = load(args.config, args.set)
     except UserError as error:
         parser.error(str(error))
     targets = held_out(dataset, "test", args.targets)
     whole = len(dataset.targets["test"].position)
     made = evaluations(experiment, space, targets, whole, args.batch)
-    made += epochs(experiment, objective, dataset, space, args.steps)
+    made += epochs(experiment, dataset, space, args.steps)
     console = Console(width=190)
     console.print(
-        f"{len(targets)} of {whole:,} test targets, {len(space.catalogue):,} items; {objective.kind}, steps of "
-        f"{experiment.training.batch_tokens:,} tokens; {args.threads} threads, {args.repeats} rounds in turns"
+        f"{len(targets)} of {whole:,} test targets, {len(space.catalogue):,} items; {experiment.objective.kind}, steps "
+        f"of {experiment.training.batch_tokens:,} tokens; {args.threads} threads, {args.repeats} rounds in turns"
     )
     console.print(seconds_table(made, in_turns(made, args.repeats, "cpu")))
 

@@ -122,6 +122,22 @@ def load(config: str, overrides: list[str]) -> tuple[Experiment, Dataset, ItemSp
     return experiment, Dataset.load(prepared / "dataset"), ItemSpace.load(prepared / "items")
 
 
+def engine_alone(experiment: Experiment, space: ItemSpace) -> tuple[Any, TrainedModel]:
+    """What the only rank of a training loop trains with, and the module in it."""
+    start_alone("cpu")
+    from trainer.engine import build_engine, set_learning_rate
+    from trainer.worker import starting_backbone
+
+    training = experiment.training
+    backbone = starting_backbone(experiment, space)
+    objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
+    memory_mb = training.logits_memory_mb or 256
+    module = TrainedModel(backbone, objective, space.trie, training.dropout, None, memory_mb)
+    engine = build_engine(module, training)
+    set_learning_rate(engine, training.learning_rate)
+    return engine, module
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/office.yaml", help="an experiment")
@@ -134,18 +150,10 @@ def main() -> None:
         experiment, dataset, space = load(args.config, args.set)
     except UserError as error:
         parser.error(str(error))
-    start_alone("cpu")
-    from trainer.engine import build_engine, set_learning_rate
-    from trainer.worker import optimiser_step, starting_backbone
+    training, (engine, module) = experiment.training, engine_alone(experiment, space)
+    from trainer.worker import optimiser_step
 
-    training = experiment.training
-    backbone = starting_backbone(experiment, space)
-    objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
-    rows = TrainingRows(dataset, space, training, objective.branching_only)
-    memory_mb = training.logits_memory_mb or 256
-    module = TrainedModel(backbone, objective, space.trie, training.dropout, None, memory_mb)
-    engine = build_engine(module, training)
-    set_learning_rate(engine, training.learning_rate)
+    rows = TrainingRows(dataset, space, training, module.objective.branching_only)
     planned = BatchPlan(rows.lengths, rows.counted, training.batch_tokens, training.seed).epoch(0)
     steps = [planned[at] for at in np.linspace(0, len(planned) - 1, args.steps).astype(int)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from recommender.errors import UserError
+from recommender.packing import PackedMask
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,11 +81,7 @@ def _by_mask(
     attention_mask: Tensor | BlockMask | None,
     **rest: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    from torch.nn.attention.flex_attention import BlockMask
-    from transformers.integrations.flex_attention import flex_attention_forward
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    from recommender.packing import PackedMask
 
     if isinstance(attention_mask, PackedMask):
         packing = attention_mask.packing
@@ -95,6 +92,10 @@ def _by_mask(
             return sdpa_attention_forward(module, query, key, value, mask, **rest)[0]
 
         return packing.attend(sdpa, query, key, value), None
+
+    from torch.nn.attention.flex_attention import BlockMask
+    from transformers.integrations.flex_attention import flex_attention_forward
+
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, **rest)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **rest)

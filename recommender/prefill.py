@@ -13,6 +13,7 @@ from torch import Tensor
 
 from recommender.cache import TreeCache
 from recommender.packing import Block, Packing
+from recommender.ragged import ragged
 
 if TYPE_CHECKING:
     from recommender.backbone import Backbone
@@ -62,21 +63,22 @@ def _run(backbone: Backbone, prompts: Sequence[np.ndarray], filled: np.ndarray, 
     """Run what follows the first `filled` [rows] tokens of the prompts, those with the least first: [rows, D]."""
     device, ends = backbone.device, np.array([len(prompt) for prompt in prompts])
     missing = ends - filled
-    row = np.repeat(np.arange(len(prompts)), missing)
     last = missing.cumsum() - 1
-    place = np.arange(len(row)) - (last + 1 - missing)[row]
-    token = np.concatenate([prompt[length:] for prompt, length in zip(prompts, filled, strict=True)])
-    row_of, place_of, slot, tokens = torch.from_numpy(np.stack([row, place, filled[row] + place, token])).to(device)
-    last_of_rows, blocks = torch.from_numpy(last).to(device), []
+    begin = last + 1 - missing
+    new = np.concatenate([prompt[length:] for prompt, length in zip(prompts, filled, strict=True)])
+    tokens = torch.from_numpy(new).to(device).long()
+    filled_of, missing_of, last_of = torch.from_numpy(np.stack([filled, missing, last])).to(device)
+    row, place = ragged(missing_of, len(new))
+    slot, blocks = filled_of[row] + place, []
     for rows in batches(missing.tolist(), _BLOCK.get(device.type, _BLOCK_ELSEWHERE)):
-        own = slice(int(last[rows.start] + 1 - missing[rows.start]), int(last[rows.stop - 1]) + 1)
+        own = slice(int(begin[rows.start]), int(last[rows.stop - 1]) + 1)
         width, keys, mask = int(missing[rows.stop - 1]), int(ends[rows].max()), None
         if filled[rows].any():
-            first = torch.from_numpy(filled[rows]).to(device)[:, None, None, None]
+            first = filled_of[rows, None, None, None]
             mask = torch.arange(keys, device=device) <= first + torch.arange(width, device=device)[:, None]
-        blocks.append(Block.of(rows, own, width, keys, mask, row_of[own] - rows.start, place_of[own]))
-    hidden = backbone.appended(tokens, slot, Packing(row_of, slot, int(ends.max()), blocks), cache)
-    return hidden[last_of_rows]
+        blocks.append(Block.of(rows, own, width, keys, mask, row[own] - rows.start, place[own]))
+    hidden = backbone.appended(tokens, slot, Packing(row, slot, int(ends.max()), blocks), cache)
+    return hidden[last_of]
 
 
 def batches(lengths: Sequence[int], block: int) -> list[slice]:

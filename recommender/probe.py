@@ -29,7 +29,7 @@ def tree_mismatch(backbone: Backbone, length: int = 64) -> float:
     samples = _samples(backbone, length)
     tree = _hidden(backbone, [build_row(samples)])
     alone = _hidden(backbone, [build_row([sample]) for sample in samples])
-    return float((tree - alone).abs().max() / alone.abs().max().clamp_min(1e-12))
+    return _difference(tree, alone)
 
 
 @torch.inference_mode()
@@ -43,7 +43,7 @@ def packed_mismatch(backbone: Backbone, length: int = 64) -> float:
     run = prefill(backbone, prompts, Prefixes(backbone, np.empty(0, np.int32)), headroom=0)
     tokens = [torch.from_numpy(prompts[row]).long()[None].to(backbone.device) for row in run.order.tolist()]
     alone = torch.cat([backbone.hidden(prompt, None, None)[:, -1] for prompt in tokens]).float()
-    return float((run.hidden.float() - alone).abs().max() / alone.abs().max().clamp_min(1e-12))
+    return _difference(run.hidden.float(), alone)
 
 
 def flex_mismatch(backbone: Backbone, length: int = 64) -> tuple[float, float]:
@@ -91,7 +91,12 @@ def _logits_mismatch(backbone: Backbone) -> float:
     tokens = torch.arange(8, device=backbone.device)[None] % backbone.vocabulary
     own = backbone.model(input_ids=tokens).logits[0].float()
     ours = backbone.logits(backbone.hidden(tokens, None, None)[0]).float()
-    return float((own - ours).abs().max() / own.abs().max().clamp_min(1e-12))
+    return _difference(ours, own)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest one, relative to the largest that is expected."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 def _hidden(backbone: Backbone, rows: list[Row], blocks_from: int | None = None) -> torch.Tensor:

@@ -93,7 +93,9 @@ class SearchRequest(BaseModel):
 
     score: Score | None = Field(None, description=_SCORE)
     mode: Literal["exact", "beam"] | None = Field(None, description="exact: until the top-K is proven; beam: faster.")
-    width: int | None = Field(None, ge=1, description="Nodes expanded a forward pass; of a beam, nodes kept.")
+    width: int | None = Field(
+        None, ge=1, description="Nodes expanded a forward pass, twice as many after every four; of a beam, nodes kept."
+    )
     node_budget: int | None = Field(None, ge=1, description="exact: nodes expanded at most.")
 
 

@@ -8,6 +8,7 @@ directory then keeps the restarted workers from running into it again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def outcome_of(train: Callable[[], None], log: Path, too_large: str) -> dict[str
     except Preempted:
         return {"error": None, "preempted": True}
     except torch.OutOfMemoryError as error:
-        _note(log).write_text(too_large)
+        with suppress(OSError):  # a storage that fails as well is no better reason
+            _note(log).write_text(too_large)
         raise RuntimeError(too_large) from error
     return {"error": None, "preempted": False}
 

@@ -122,13 +122,13 @@ def _read_run(directory: Path, name: str) -> Run:
     objective = fields.get("objective.kind") if kind == "language model" else trained
     history: list[dict[str, Any]] = _json(directory / "training.json") or []
     step, seen = (0, []) if is_sweep else _latest(directory / CHECKPOINTS)
-    runs = is_locked(directory / LOCK)
+    is_running = is_locked(directory / LOCK)
     if manifest is not None and history and step <= history[-1]["step"]:
         state = "finished"
     elif is_sweep:
-        state = "tuning" if runs else "stopped"
+        state = "tuning" if is_running else "stopped"
     else:
-        state, history = f"{'training' if runs else 'stopped'} at step {step}" if fields else "prepared", seen
+        state, history = f"{'training' if is_running else 'stopped'} at step {step}" if fields else "prepared", seen
     test = _json(directory / "evaluation" / "test.json")
     return Run(
         directory=directory,

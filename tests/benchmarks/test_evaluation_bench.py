@@ -16,7 +16,7 @@ def test_wholes_are_extrapolated(tiny_prepared: Path, tiny_experiment: Experimen
     dataset, space = Dataset.load(tiny_prepared / "dataset"), ItemSpace.load(tiny_prepared / "items")
     targets, whole = held_out(dataset, "test", 6), len(dataset.targets["test"].position)
     made = evaluation.evaluations(tiny_experiment, space, targets, whole, [4])
-    made += evaluation.epochs(tiny_experiment, tiny_experiment.objective, dataset, space, 2)
+    made += evaluation.epochs(tiny_experiment, dataset, space, 2)
     for each in made:
         each()
         assert 0 < each.part < each.whole
