@@ -87,7 +87,7 @@ def simulate(
     ilrec simulate worlds/b --set seed=7 --set items=20000
     """
     from trainer.experiment import load_world
-    from trainer.simulator import simulate as write_world
+    from trainer.world.simulator import simulate as write_world
 
     write_world(load_world(overrides), out, _say)
 
@@ -201,9 +201,9 @@ def evaluate(
     if split not in ("test", "validation"):
         raise UserError(f"--split {split}: choose test or validation")
     from deploy.demo import print_report
-    from trainer.evaluation import compare, read_per_target
-    from trainer.evaluation import evaluate as rank_all
-    from trainer.report import write_report
+    from trainer.evaluation.evaluation import compare, read_per_target
+    from trainer.evaluation.evaluation import evaluate as rank_all
+    from trainer.reporting.report import write_report
     from trainer.run import SWEEP
 
     chosen = (bundle or experiment.run_dir / "bundle").expanduser().absolute()
@@ -340,7 +340,7 @@ def extend(
     \b
     ilrec extend runs/shop/bundle data/items_today.csv runs/shop/bundle-today
     """
-    from recommender.catalogue import Catalogue
+    from recommender.catalogue.catalogue import Catalogue
     from recommender.recommender import extend_bundle, language_model_manifest
     from trainer.data.config import ItemColumns
     from trainer.data.readers import Problems, read_items
@@ -413,8 +413,8 @@ def plan(
 
     experiment = load_experiment(config, overrides)
     from deploy.plan import print_plan
+    from trainer.loop.requirements import requirements
     from trainer.prepare import prepare as write_prepared
-    from trainer.requirements import requirements
 
     if gpu_memory is not None and not experiment.cluster.gpus_per_worker:
         raise UserError("--gpu-memory: the workers have no GPUs; add --set cluster.gpus_per_worker=1")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from recommender.backbone import Backbone
-from recommender.trie import RadixTrie
+from recommender.backbone.backbone import Backbone
+from recommender.items.trie import RadixTrie
 
 _SURROGATES = 0xD800, 0x800  # where the code points begin that stand for no character, and their number
 

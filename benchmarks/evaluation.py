@@ -27,17 +27,17 @@ from rich.table import Table
 from benchmarks.packing import RULES, under
 from benchmarks.profile_step import engine_alone, load
 from benchmarks.timing import in_turns, ratio, spread
-from recommender.backbone import load_backbone
+from recommender.backbone.backbone import load_backbone
 from recommender.bundle import Manifest
 from recommender.errors import UserError
-from recommender.items import ItemSpace
+from recommender.items.item_space import ItemSpace
 from recommender.recommender import Recommender
 from trainer.data.dataset import Dataset
+from trainer.evaluation.ranking import HeldOut, Ranking, held_out, ranks_of
 from trainer.experiment import Experiment
-from trainer.module import dtype_of
-from trainer.plan import BatchPlan, Step
-from trainer.ranking import HeldOut, Ranking, held_out, ranks_of
-from trainer.rows import TrainingRows
+from trainer.loop.module import dtype_of
+from trainer.loop.plan import BatchPlan, Step
+from trainer.loop.rows import TrainingRows
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -80,7 +80,7 @@ def evaluations(
 def epochs(experiment: Experiment, dataset: Dataset, space: ItemSpace, steps: int) -> list[Contender]:
     """Optimiser steps on rows of each history rule, drawn from an epoch's plan. The rules share weights and engine."""
     training, (engine, module) = experiment.training, engine_alone(experiment, space)
-    from trainer.worker import optimiser_step
+    from trainer.loop.worker import optimiser_step
 
     made = []
     for rule in RULES:

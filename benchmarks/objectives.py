@@ -38,12 +38,12 @@ from objectives import losses
 from objectives.config import ILRecConfig, LMLConfig, MSLConfig, ObjectiveConfig, needs_rewards
 from objectives.objective import Predictions, build_objective
 from objectives.rewards import Histories, RewardSource
-from recommender.backbone import Backbone
+from recommender.backbone.backbone import Backbone
+from recommender.backbone.tree import Batch, Row, Sample, build_row, collate
 from recommender.collaborative.config import SASRecConfig
 from recommender.collaborative.sasrec import SASRec
-from recommender.tree import Batch, Row, Sample, build_row, collate
-from recommender.trie import RadixTrie
-from trainer.module import MicroBatch, TrainedModel
+from recommender.items.trie import RadixTrie
+from trainer.loop.module import MicroBatch, TrainedModel
 
 CONTENDERS: dict[str, ObjectiveConfig] = {
     "LML": LMLConfig(),

@@ -37,19 +37,19 @@ from rich.table import Table
 from benchmarks.timing import in_turns, milliseconds, ratio, spread
 from objectives.config import LMLConfig
 from objectives.objective import build_objective
-from recommender.attention import choose_attention
-from recommender.backbone import Backbone, load_backbone
+from recommender.backbone.attention import choose_attention
+from recommender.backbone.backbone import Backbone, load_backbone
+from recommender.backbone.tree import PADDING_MULTIPLE, Row, padded_length
 from recommender.errors import UserError
-from recommender.items import ItemSpace
-from recommender.tree import PADDING_MULTIPLE, Row, padded_length
+from recommender.items.item_space import ItemSpace
 from trainer.config import LanguageModelConfig, TrainingConfig
 from trainer.data.dataset import Dataset
 from trainer.data.splits import Targets
 from trainer.experiment import Experiment, load_experiment
-from trainer.module import MicroBatch, TrainedModel, dtype_of
-from trainer.plan import BatchPlan, Step
+from trainer.loop.module import MicroBatch, TrainedModel, dtype_of
+from trainer.loop.plan import BatchPlan, Step
+from trainer.loop.rows import TrainingRows
 from trainer.prepare import prepare
-from trainer.rows import TrainingRows
 
 RULES = ("sliding", "anchored")
 
@@ -227,7 +227,7 @@ def build_trainer(model: Any, space: ItemSpace, work: Work, training: TrainingCo
 
 def first_losses(work: Work, module: TrainedModel, trainer: Any) -> dict[str, float]:
     """The mean loss of the first step's targets as each contender computes it."""
-    from trainer.worker import micro_batch
+    from trainer.loop.worker import micro_batch
 
     counted, same = work.tree_steps[0].counted, work.first_plain()
     inputs = trainer.data_collator([features(work.plain[number]) for number in same])
@@ -275,8 +275,8 @@ class Contender:
 
 def contenders(works: list[Work], space: ItemSpace, backbone: Backbone, training: TrainingConfig) -> list[Contender]:
     """Plain and tree rows through the training loop, plain rows through the Trainer on a copy of the model."""
-    from trainer.engine import build_engine, set_learning_rate
-    from trainer.worker import optimiser_step
+    from trainer.loop.engine import build_engine, set_learning_rate
+    from trainer.loop.worker import optimiser_step
 
     copied: Any = copy.deepcopy(backbone.model)
     module = build_module(backbone, space, training)
@@ -334,7 +334,7 @@ def seconds_table(made: list[Contender], repeats: int, device: str) -> Table:
 
 def mask_table(works: list[Work], module: TrainedModel, repeats: int, device: str) -> Table:
     """Forward and backward of the first step's tree rows with their mask and without."""
-    from trainer.worker import micro_batch
+    from trainer.loop.worker import micro_batch
 
     table = Table(
         "histories", "rows x tokens", "mask built, ms", "share of a step", "step ms, masked", "step ms, causal",

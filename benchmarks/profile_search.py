@@ -30,12 +30,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.search import Contender, Served, batched, prefills, timed
 from benchmarks.timing import milliseconds, ratio
-from recommender.backbone import Backbone, cast
+from recommender.backbone.backbone import Backbone, cast
 from recommender.config import TEMPLATES, PromptConfig
 from recommender.errors import UserError
-from recommender.prefixes import Prefixes
-from recommender.prompt import Prompt
-from recommender.search import TreeSearch
+from recommender.items.prompt import Prompt
+from recommender.search.prefixes import Prefixes
+from recommender.search.search import TreeSearch
 
 FORWARD = "forward"
 PREFILLS, EXPANSIONS = "prefill", "expansions"

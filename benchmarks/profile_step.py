@@ -27,16 +27,16 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.packing import start_alone
 from objectives.config import needs_rewards
 from objectives.objective import build_objective
+from recommender.backbone.tree import Batch
 from recommender.errors import UserError
-from recommender.items import ItemSpace
-from recommender.tree import Batch
+from recommender.items.item_space import ItemSpace
 from trainer.config import LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment, load_experiment
-from trainer.module import TrainedModel
-from trainer.plan import BatchPlan, Step
+from trainer.loop.module import TrainedModel
+from trainer.loop.plan import BatchPlan, Step
+from trainer.loop.rows import TrainingRows
 from trainer.prepare import prepare
-from trainer.rows import TrainingRows
 
 ROWS, MASK, HEAD, OPTIMISER = "rows, batches, blocks", "masks", "objective and its gradient", "optimiser (DeepSpeed)"
 PRODUCTS, HEAD_PRODUCTS = "matrix products of the backbone", "matrix products of the prediction layer"
@@ -49,7 +49,7 @@ _PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::badd
 @contextmanager
 def marked(engine: Any) -> Iterator[None]:
     """Name the parts of a step for the profiler."""
-    from trainer import module, worker
+    from trainer.loop import module, worker
 
     places = [
         (worker, "micro_batch", ROWS),
@@ -125,8 +125,8 @@ def load(config: str, overrides: list[str]) -> tuple[Experiment, Dataset, ItemSp
 def engine_alone(experiment: Experiment, space: ItemSpace) -> tuple[Any, TrainedModel]:
     """What the only rank of a training loop trains with, and the module in it."""
     start_alone("cpu")
-    from trainer.engine import build_engine, set_learning_rate
-    from trainer.worker import starting_backbone
+    from trainer.loop.engine import build_engine, set_learning_rate
+    from trainer.loop.worker import starting_backbone
 
     training = experiment.training
     backbone = starting_backbone(experiment, space)
@@ -151,7 +151,7 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     training, (engine, module) = experiment.training, engine_alone(experiment, space)
-    from trainer.worker import optimiser_step
+    from trainer.loop.worker import optimiser_step
 
     rows = TrainingRows(dataset, space, training, module.objective.branching_only)
     planned = BatchPlan(rows.lengths, rows.counted, training.batch_tokens, training.seed).epoch(0)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.catalogues import SimulatedModel, random_titles
 from objectives.rewards import Histories, Rewards, RewardSource
-from recommender.trie import RadixTrie
+from recommender.items.trie import RadixTrie
 
 
 def simulated(items: int, samples: int, spread: float) -> tuple[Any, RadixTrie, Histories]:
@@ -46,11 +46,11 @@ def simulated(items: int, samples: int, spread: float) -> tuple[Any, RadixTrie, 
 
 
 def trained(bundle: Path, run: Path, samples: int) -> tuple[Any, RadixTrie, Histories]:
-    from recommender.catalogue import Catalogue
+    from recommender.catalogue.catalogue import Catalogue
     from recommender.collaborative.recommender import load_model
-    from recommender.items import ItemSpace
+    from recommender.items.item_space import ItemSpace
     from trainer.data.dataset import Dataset
-    from trainer.ranking import held_out
+    from trainer.evaluation.ranking import held_out
 
     dataset, space = Dataset.load(run / "prepared" / "dataset"), ItemSpace.load(run / "prepared" / "items")
     if Catalogue.load(bundle).item_ids != dataset.item_ids:

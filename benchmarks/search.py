@@ -44,19 +44,19 @@ from rich.table import Table
 from benchmarks.beams import GenerateBeams, MaskedBeams, TokenTrie, padded_prefill
 from benchmarks.catalogues import extended_titles
 from benchmarks.timing import in_turns, milliseconds, ratio
-from recommender.backbone import Backbone
+from recommender.backbone.backbone import Backbone
 from recommender.config import SearchConfig
 from recommender.errors import UserError
-from recommender.frontier import Ranking
+from recommender.items.trie import RadixTrie
 from recommender.metrics import metric_values
-from recommender.prefill import prefill
-from recommender.prefixes import Prefixes
 from recommender.recommender import Recommender
-from recommender.scoring import CandidateScorer
-from recommender.search import TreeSearch
-from recommender.trie import RadixTrie
+from recommender.search.frontier import Ranking
+from recommender.search.prefill import prefill
+from recommender.search.prefixes import Prefixes
+from recommender.search.scoring import CandidateScorer
+from recommender.search.search import TreeSearch
 from trainer.data.dataset import Dataset
-from trainer.ranking import held_out
+from trainer.evaluation.ranking import held_out
 
 Prompts = Sequence[np.ndarray]
 _SCORED_AT_ONCE = 128  # items

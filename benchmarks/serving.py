@@ -48,7 +48,7 @@ from service.app import run
 from service.config import ServingConfig
 from trainer.cluster import connect
 from trainer.data.dataset import Dataset
-from trainer.ranking import held_out
+from trainer.evaluation.ranking import held_out
 
 EMPTY, READING, ILREC, GENERATE, BARE = "empty", "reading", "ilrec", "generate", "bare search"
 PATHS = {EMPTY: "/empty/", READING: "/empty/read", ILREC: "/v1/recommendations", GENERATE: "/generate/"}

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.catalogues import random_titles
-from recommender.backbone import train_tokenizer
+from recommender.backbone.backbone import train_tokenizer
 from recommender.config import IdentifierConfig
-from recommender.identifiers import spell_titles
-from recommender.trie import RadixTrie
+from recommender.items.identifiers import spell_titles
+from recommender.items.trie import RadixTrie
 
 Result = TypeVar("Result")
 ADDED = 1_000  # items

@@ -13,12 +13,12 @@ from rich.table import Table
 
 from recommender.bundle import read_manifest
 from trainer.data.dataset import Dataset
-from trainer.evaluation import evaluate
+from trainer.evaluation.evaluation import evaluate
+from trainer.evaluation.ranking import held_out
 from trainer.experiment import Experiment
 from trainer.fit import check_model, train
 from trainer.prepare import Say, prepare
-from trainer.ranking import held_out
-from trainer.report import write_report
+from trainer.reporting.report import write_report
 
 
 def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.experiment import Experiment
-from trainer.requirements import Memory, Requirements
+from trainer.loop.requirements import Memory, Requirements
 
 _GB = 2**30
 

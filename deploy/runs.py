@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from recommender.errors import UserError
-from trainer.runs import Run, differences, find_runs, named_run, prunable, remove, size
+from trainer.reporting.runs import Run, differences, find_runs, named_run, prunable, remove, size
 
 Say = Callable[[str], None]
 
@@ -85,7 +85,7 @@ def _paired(first: Run, other: Run) -> str:
     title = f"{first.name} minus {other.name}"
     if not (first.per_target.exists() and other.per_target.exists()):
         return f"{title}: not both have evaluation/test.parquet (`ilrec evaluate`), so no paired difference"
-    from trainer.evaluation import compare
+    from trainer.evaluation.evaluation import compare
 
     try:
         found = compare(first.per_target, other.per_target)

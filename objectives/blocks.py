@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recommender.trie import RadixTrie
+from recommender.items.trie import RadixTrie
 
 _WIDE = 32  # children from which on a node's positions get a matrix product of their own
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from objectives.blocks import Block
 from objectives.objective import Objective, Predictions
 from objectives.rewards import Rewards
-from recommender.backbone import Backbone
+from recommender.backbone.backbone import Backbone
 
 
 def objective_sums(

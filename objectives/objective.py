@@ -19,7 +19,7 @@ from objectives import losses
 from objectives.config import ILRecConfig, LMLConfig, MSLConfig, ObjectiveConfig
 from objectives.losses import SelfHardNegatives
 from objectives.temperature import FIRST, OpeningLogits, moved
-from recommender.trie import RadixTrie
+from recommender.items.trie import RadixTrie
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from objectives.blocks import Block
 from recommender.collaborative.model import CollaborativeModel
+from recommender.items.trie import RadixTrie, TrieTensors
 from recommender.ragged import ragged
-from recommender.trie import RadixTrie, TrieTensors
 
 _SURE = 1e-9  # a prefix with less mass is summed by itself: differences of the cumulative sum would be rounding errors
 

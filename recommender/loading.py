@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from recommender.bases import Bases
+from recommender.backbone.bases import Bases
 from recommender.bundle import LANGUAGE_MODEL, kind_of
 from recommender.collaborative.recommender import CollaborativeRecommender
 from recommender.config import SearchConfig

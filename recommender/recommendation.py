@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from recommender.bundle import Manifest
-from recommender.catalogue import Catalogue
+from recommender.catalogue.catalogue import Catalogue
 from recommender.config import Score, SearchConfig
 
 Spelling = list[tuple[str, float]]  # of an item: the text of each of its tokens, and its log-probability

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from recommender.backbone import Backbone, add_lora, shortened
-from recommender.bases import Bases, load_model
+from recommender.backbone.backbone import Backbone, add_lora, shortened
+from recommender.backbone.bases import Bases, load_model
 from recommender.bundle import LANGUAGE_MODEL, MANIFEST, Manifest, read_manifest, write_bundle
-from recommender.catalogue import Catalogue
+from recommender.catalogue.catalogue import Catalogue
 from recommender.config import LoraConfig, Score, SearchConfig
 from recommender.errors import UserError
 from recommender.golden import record
-from recommender.items import ItemSpace
-from recommender.prefixes import Prefixes
+from recommender.items.item_space import ItemSpace
 from recommender.recommendation import Recommendation, Spelling
-from recommender.scoring import CandidateScorer
-from recommender.search import HEADROOM, TreeSearch
+from recommender.search.prefixes import Prefixes
+from recommender.search.scoring import CandidateScorer
+from recommender.search.search import HEADROOM, TreeSearch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ class Recommender:
         space: items, identifiers, trie, prompt.
         backbone: the trained model, in eval mode; its weights may not change any more.
         manifest: name, search settings, metrics.
-        history_cache: bytes of keys and values of histories to keep; see `recommender/prefixes.py`.
+        history_cache: bytes of keys and values of histories to keep; see `recommender/search/prefixes.py`.
 
     Example:
         >>> recommender = Recommender.load("runs/demo/bundle")                                # doctest: +SKIP

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import FastAPI, Query, Request, Response
 from pydantic import BaseModel, ValidationError
 
-from recommender.columns import values_of
+from recommender.catalogue.columns import values_of
 from recommender.errors import UserError
 from recommender.recommendation import Recommendation
 from service import docs, playground, problems, queries, schema

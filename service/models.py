@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 
 from recommender import golden
-from recommender.bases import Bases
-from recommender.catalogue import Catalogue
-from recommender.columns import columns_of
+from recommender.backbone.bases import Bases
+from recommender.catalogue.catalogue import Catalogue
+from recommender.catalogue.columns import columns_of
+from recommender.catalogue.popularity import MostPopular
+from recommender.catalogue.title_search import TitleSearch
 from recommender.errors import UserError
 from recommender.loading import load_recommender
-from recommender.popularity import MostPopular
 from recommender.recommendation import AnyRecommender, Recommendation
-from recommender.titles import TitleSearch
 from service.answering import answer, tokens
 from service.batching import Batcher, SearchThread
 from service.config import ServingConfig

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recommender.catalogue import Catalogue
-from recommender.columns import Column
+from recommender.catalogue.catalogue import Catalogue
+from recommender.catalogue.columns import Column
 from recommender.config import Score, SearchConfig
 from service import schema
 from service.schema import FieldError

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from recommender.items import ItemSpace
+from recommender.items.item_space import ItemSpace
 
 
 class BruteForce:

@@ -11,7 +11,7 @@ import pytest
 from recommender.config import PresetBackbone, PromptConfig
 from trainer.config import ClusterConfig, EvaluationConfig, TrainingConfig
 from trainer.experiment import Experiment
-from trainer.simulator_config import WorldConfig
+from trainer.world.config import WorldConfig
 
 # Before anything imports torch and Ray, which read them once. The tensors are tiny: threads would only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -57,9 +57,9 @@ def tiny_prepared(tiny_experiment: Experiment) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_experiment: Experiment, tiny_prepared: Path) -> Path:
     """A bundle with random weights over the tiny world, made without Ray. Not to be changed."""
-    from recommender.backbone import load_backbone
+    from recommender.backbone.backbone import load_backbone
     from recommender.bundle import Manifest
-    from recommender.items import ItemSpace
+    from recommender.items.item_space import ItemSpace
     from recommender.recommender import Recommender
 
     space = ItemSpace.load(tiny_prepared / "items")

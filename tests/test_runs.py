@@ -17,7 +17,7 @@ from recommender.bundle import Manifest, write_bundle
 from recommender.errors import UserError
 from tests.test_cli import HEAVY, ilrec, imported
 from trainer.lock import LOCK, locked
-from trainer.runs import Run, find_runs, named_run
+from trainer.reporting.runs import Run, find_runs, named_run
 
 LANGUAGE_MODEL = {"recommender.kind": "language_model", "objective.kind": "msl", "training.epochs": 2}
 SASREC = {"recommender.kind": "sasrec", "recommender.dim": 8}

@@ -35,8 +35,8 @@ from trainer.config import (
     TrainingConfig,
 )
 from trainer.data.config import DataConfig
-from trainer.simulator_config import WorldConfig
 from trainer.sweep_config import SweepConfig
+from trainer.world.config import WorldConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -11,24 +11,24 @@ import ray.train
 
 from objectives.config import ILRecConfig, needs_rewards
 from objectives.objective import build_objective
-from recommender.backbone import count_layers
+from recommender.backbone.backbone import count_layers
 from recommender.bundle import Manifest, read_manifest
 from recommender.config import PRESETS, PresetBackbone
 from recommender.errors import UserError
-from recommender.items import ItemSpace
+from recommender.items.item_space import ItemSpace
 from recommender.recommender import Recommender, language_model_manifest
-from trainer import checkpoint
 from trainer.cluster import check_address, check_resources, connect
-from trainer.collaborative import ensure_collaborative, fit_collaborative
+from trainer.collaborative.fit import ensure_collaborative, fit_collaborative
 from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
-from trainer.launch import run_to_best, torch_trainer
+from trainer.loop import checkpoint
+from trainer.loop.launch import run_to_best, torch_trainer
+from trainer.loop.worker import TOO_LARGE, starting_backbone
 from trainer.prepare import Say
-from trainer.report import write_report
+from trainer.reporting.report import write_report
+from trainer.reporting.tracking import check_tracking, tracked
 from trainer.run import check_claim, claim, pruned
-from trainer.tracking import check_tracking, tracked
-from trainer.worker import TOO_LARGE, starting_backbone
 
 
 def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool = False) -> Path:

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from recommender.backbone import load_tokenizer
-from recommender.catalogue import Catalogue
+from recommender.backbone.backbone import load_tokenizer
+from recommender.catalogue.catalogue import Catalogue
 from recommender.files import replace_directory
-from recommender.items import ItemSpace
+from recommender.items.item_space import ItemSpace
 from recommender.recommender import language_model_manifest
 from trainer.config import LanguageModelConfig
 from trainer.data.config import DataConfig, InteractionsData
 from trainer.data.dataset import Dataset, prepare_dataset
 from trainer.experiment import Experiment
 from trainer.run import check_claim
-from trainer.simulator import simulate
+from trainer.world.simulator import simulate
 
 Say = Callable[[str], None]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer import figures
-from trainer.figures import WIDTH, Axis, Frame, are_numbers, number, points, svg, text
+from trainer.reporting import figures
+from trainer.reporting.figures import WIDTH, Axis, Frame, are_numbers, number, points, svg, text
 from tune.results import Trial, best_of
 from tune.space import shown
 

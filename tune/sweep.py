@@ -19,12 +19,12 @@ from objectives.config import ILRecConfig, needs_rewards
 from recommender.config import PresetBackbone
 from recommender.errors import UserError
 from trainer.cluster import check_resources, connect
-from trainer.collaborative import ensure_collaborative, export_collaborative
+from trainer.collaborative.fit import ensure_collaborative, export_collaborative
 from trainer.config import ClusterConfig, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.fit import backbone_layers, check_model, export
-from trainer.launch import Trained, best_checkpoint, following
+from trainer.loop.launch import Trained, best_checkpoint, following
 from trainer.prepare import Say, prepare
 from trainer.run import SWEEP, check_claim, claim
 from trainer.sweep_config import Choice, Grid, LogUniform, Parameter, SweepConfig

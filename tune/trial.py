@@ -14,13 +14,14 @@ from ray import tune
 from ray.tune.trainable import wrap_function
 
 from objectives.config import needs_rewards
-from trainer import collaborative_worker, worker
 from trainer.cluster import connect
+from trainer.collaborative import worker as collaborative_worker
 from trainer.config import LanguageModelConfig
 from trainer.experiment import Experiment
-from trainer.launch import run_to_best, torch_trainer
+from trainer.loop import worker
+from trainer.loop.launch import run_to_best, torch_trainer
+from trainer.reporting.tracking import tracked
 from trainer.run import FAILURE
-from trainer.tracking import tracked
 from tune.callbacks import EpochReports, StopOnRequest
 from tune.files import FAILED, FINISHED, PARAMETERS, STOP
 from tune.space import trial_experiment

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recommender.bundle import LANGUAGE_MODEL, Manifest, read_manifest, write_bundle
-from recommender.catalogue import Catalogue
+from recommender.catalogue.catalogue import Catalogue
 from recommender.collaborative.bert4rec import BERT4Rec
 from recommender.collaborative.bpr import BPR
 from recommender.collaborative.caser import Caser

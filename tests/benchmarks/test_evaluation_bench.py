@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks import evaluation
-from recommender.items import ItemSpace
+from recommender.items.item_space import ItemSpace
 from trainer.data.dataset import Dataset
+from trainer.evaluation.ranking import held_out
 from trainer.experiment import Experiment
-from trainer.ranking import held_out
 
 
 def test_wholes_are_extrapolated(tiny_prepared: Path, tiny_experiment: Experiment) -> None:

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from benchmarks import packing
-from recommender.backbone import Backbone, load_backbone
+from recommender.backbone.backbone import Backbone, load_backbone
 from recommender.config import PromptConfig
-from recommender.items import ItemSpace
+from recommender.items.item_space import ItemSpace
 from trainer.config import TrainingConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
-from trainer.rows import TrainingRows
+from trainer.loop.rows import TrainingRows
 
 PROMPTS = [
     PromptConfig(history=8),
@@ -85,7 +85,7 @@ def test_all_contenders_have_the_same_targets_and_the_same_first_loss(
 def test_without_its_mask_a_batch_has_the_same_tokens(
     dataset: Dataset, tiny_prepared: Path, tiny_experiment: Experiment
 ) -> None:
-    from trainer.worker import micro_batch
+    from trainer.loop.worker import micro_batch
 
     space = spelled(tiny_prepared, PROMPTS[1])
     backbone = load_backbone(tiny_experiment.backbone, space.tokenizer)

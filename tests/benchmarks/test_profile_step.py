@@ -9,12 +9,12 @@ import pytest
 from benchmarks import profile_step
 from objectives.objective import build_objective
 from recommender.errors import UserError
-from recommender.items import ItemSpace
-from trainer import worker
+from recommender.items.item_space import ItemSpace
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
-from trainer.module import TrainedModel
-from trainer.rows import TrainingRows
+from trainer.loop import worker
+from trainer.loop.module import TrainedModel
+from trainer.loop.rows import TrainingRows
 
 
 def test_operations_belong_to_the_part_that_they_are_called_in(

@@ -13,11 +13,19 @@ from benchmarks import profile_search
 from benchmarks import search as benchmark
 from benchmarks.beams import GenerateBeams, MaskedBeams, TokenTrie
 from benchmarks.catalogues import extended_titles
-from recommender.backbone import Backbone
+from recommender.backbone.backbone import Backbone
 from recommender.config import SearchConfig
-from recommender.search import TreeSearch
-from recommender.trie import RadixTrie
-from tests.recommender.test_search import END, Identifiers, build, catalogue, histories, llama, scores_of_all_items
+from recommender.items.trie import RadixTrie
+from recommender.search.search import TreeSearch
+from tests.recommender.search.test_search import (
+    END,
+    Identifiers,
+    build,
+    catalogue,
+    histories,
+    llama,
+    scores_of_all_items,
+)
 
 CPU = torch.device("cpu")
 BEAMS = (benchmark.MASKED, benchmark.GENERATE)

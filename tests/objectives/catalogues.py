@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recommender.trie import RadixTrie
+from recommender.items.trie import RadixTrie
 
 END = 0
 

@@ -25,13 +25,13 @@ from objectives.config import ILRecConfig, LMLConfig, MSLConfig, ObjectiveConfig
 from objectives.head import objective_sums
 from objectives.objective import LML, MSL, ILRec, build_objective
 from objectives.rewards import Histories, RewardSource
-from recommender.backbone import Backbone, add_lora
+from recommender.backbone.backbone import Backbone, add_lora
+from recommender.backbone.tree import Sample, build_row, collate
 from recommender.config import LoraConfig
 from recommender.errors import UserError
-from recommender.tree import Sample, build_row, collate
 from tests.objectives import dense
 from tests.objectives.catalogues import Catalogue, Stub
-from trainer.module import TrainedModel
+from trainer.loop.module import TrainedModel
 
 LAYERS, WIDTH = 3, 16
 VOCABULARY, MANY = 101, 5003

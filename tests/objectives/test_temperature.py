@@ -20,7 +20,7 @@ from torch import Tensor
 from objectives import losses
 from objectives.objective import MSL, AdaptiveMSL, Predictions
 from objectives.temperature import ETA, FIRST, HIGHEST, LOWEST, OpeningLogits, adaptive_temperature, moved
-from recommender.trie import RadixTrie
+from recommender.items.trie import RadixTrie
 
 AUTHORS = json.loads(Path(__file__).with_name("msl_authors.json").read_text())
 OF_AUTHORS = pytest.mark.parametrize("case", AUTHORS, ids=[f"authors' case {i}" for i in range(len(AUTHORS))])

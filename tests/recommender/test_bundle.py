@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from recommender import golden
-from recommender.backbone import Backbone
-from recommender.bases import Bases
+from recommender.backbone.backbone import Backbone
+from recommender.backbone.bases import Bases
 from recommender.bundle import Manifest, read_manifest, write_bundle
-from recommender.catalogue import Catalogue
+from recommender.catalogue.catalogue import Catalogue
 from recommender.config import LoraConfig, SearchConfig
 from recommender.errors import UserError
-from recommender.items import ItemSpace
+from recommender.items.item_space import ItemSpace
 from recommender.recommender import Recommender, extend_bundle, merge_adapter, starting_point
 from tests.brute_force import BruteForce
 

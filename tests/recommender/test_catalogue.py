@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from recommender.catalogue import Catalogue, normalise_title
+from recommender.catalogue.catalogue import Catalogue, normalise_title
 from recommender.errors import UserError
 
 

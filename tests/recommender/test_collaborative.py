@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from recommender.bundle import Manifest, read_manifest
-from recommender.catalogue import Catalogue
+from recommender.catalogue.catalogue import Catalogue
 from recommender.collaborative.bert4rec import BERT4Rec
 from recommender.collaborative.config import (
     BERT4RecConfig,

@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from httpx import Response
 
 from recommender.bundle import Manifest
-from recommender.catalogue import Catalogue
+from recommender.catalogue.catalogue import Catalogue
 from recommender.config import Score, SearchConfig
 from recommender.errors import UserError
 from recommender.recommendation import Recommendation, Spelling

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from recommender.backbone import load_backbone
+from recommender.backbone.backbone import load_backbone
 from recommender.bundle import MANIFEST
 from recommender.recommender import Recommender
 from service.app import _start

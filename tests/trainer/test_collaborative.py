@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recommender import golden
 from recommender.bundle import Manifest
-from recommender.catalogue import Catalogue
+from recommender.catalogue.catalogue import Catalogue
 from recommender.collaborative.config import (
     BERT4RecConfig,
     BPRConfig,
@@ -31,17 +31,19 @@ from recommender.collaborative.config import (
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model, load_model
 from recommender.errors import UserError
 from recommender.metrics import metric_values, popularity_ranks
-from trainer import collaborative, collaborative_worker, preemption
-from trainer.collaborative import ensure_collaborative
+from trainer.collaborative import fit as collaborative
+from trainer.collaborative import worker as collaborative_worker
+from trainer.collaborative.fit import ensure_collaborative
+from trainer.collaborative.windows import TrainingWindows, pieces
 from trainer.config import CollaborativeBundle
 from trainer.data.dataset import Dataset
 from trainer.data.splits import Targets
-from trainer.evaluation import evaluate
+from trainer.evaluation.evaluation import evaluate
+from trainer.evaluation.ranking import held_out
 from trainer.experiment import Experiment, load_experiment
 from trainer.fit import train
+from trainer.loop import preemption
 from trainer.prepare import prepare
-from trainer.ranking import held_out
-from trainer.windows import TrainingWindows, pieces
 
 EPOCHS = 3
 STEPS = 4  # an epoch

@@ -18,8 +18,8 @@ from recommender.recommender import Recommendation, Recommender
 from tests.brute_force import BruteForce
 from trainer.config import ClusterConfig, EvaluationConfig
 from trainer.data.dataset import Dataset
-from trainer.evaluation import Report, _RankingWorker, compare, evaluate
-from trainer.ranking import HeldOut, held_out, ranks_of
+from trainer.evaluation.evaluation import Report, _RankingWorker, compare, evaluate
+from trainer.evaluation.ranking import HeldOut, held_out, ranks_of
 
 K = 20
 BRUTE = range(4)  # targets that are ranked by brute force

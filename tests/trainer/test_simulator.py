@@ -14,9 +14,9 @@ import pytest
 from pydantic import ValidationError
 
 from recommender.errors import UserError
-from trainer import simulator
-from trainer.simulator import World, build_world, draw_choices, known_metrics, next_item, simulate
-from trainer.simulator_config import WorldConfig
+from trainer.world import simulator
+from trainer.world.config import WorldConfig
+from trainer.world.simulator import World, build_world, draw_choices, known_metrics, next_item, simulate
 
 FILES = ("items.jsonl.gz", "interactions.csv.gz", "oracle.json", "world.json")
 

@@ -1,0 +1,311 @@
+"""The prepared directory: complete or absent, the same when nothing changed, and the published splits of real data."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from recommender.errors import UserError
+from trainer.data import dataset as module
+from trainer.data.config import InteractionsData, WindowsData
+from trainer.data.dataset import Dataset, prepare_dataset
+
+REAL = Path(__file__).parents[3].parent / "shared" / "data"
+SPLITS = ("train", "validation", "test")
+
+
+def real(name: str) -> Path:
+    if not (REAL / name).is_dir():
+        pytest.skip(f"no real data: {REAL / name} is absent")
+    return REAL / name
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> InteractionsData:
+    items, interactions = tmp_path / "items.csv", tmp_path / "interactions.csv"
+    items.write_text("item_id,title,brand\na,Lamp,X\nb,Lamp,Y\nc,Big desk,X\nd,,Z\n")
+    rows = ["u,a,3", "u,b,1", "u,c,2", "u,c,2", "u,a,4", "v,a,1", "v,b,2", "w,b,9"]
+    interactions.write_text("\n".join(["user_id,item_id,timestamp", *rows]) + "\n")
+    return InteractionsData(interactions=str(interactions), items=str(items))
+
+
+def test_what_is_written_is_what_is_loaded(tmp_path: Path, config: InteractionsData) -> None:
+    made = prepare_dataset(config, tmp_path / "out", silent)
+    dataset = Dataset.load(tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "dataset.json",
+        "items.parquet",
+        "sequences.parquet",
+        "stats.json",
+        "targets.parquet",
+    ]
+    assert dataset.fingerprint == made.fingerprint
+    assert dataset.items_table.column_names == ["item_id", "title", "brand"]
+    assert (dataset.item_ids, dataset.titles) == (["a", "b", "c", "d"], ["Lamp", "Lamp", "Big desk", ""])
+    assert dataset.users == ["u", "v", "w"]
+    assert dataset.flat_items.tolist() == [1, 2, 0, 0, 0, 1, 1]
+    assert dataset.offsets.tolist() == [0, 4, 6, 7]
+    assert pq.read_table(tmp_path / "out" / "sequences.parquet")["timestamps"].to_pylist() == [
+        [1, 2, 3, 4],
+        [1, 2],
+        [9],
+    ]
+    pairs = {s: list(zip(t.sequence.tolist(), t.position.tolist(), strict=True)) for s, t in dataset.targets.items()}
+    assert pairs == {"train": [(0, 1), (1, 1)], "validation": [(0, 2)], "test": [(0, 3)]}
+    assert all(targets.candidates is None for targets in dataset.targets.values())
+    assert (dataset.flat_items.dtype, dataset.offsets.dtype) == (np.int32, np.int64)
+    assert dataset.targets["train"].position.dtype == dataset.targets["train"].sequence.dtype == np.int32
+    assert dataset.history(0, 3, 2).tolist() == [2, 0]
+    assert dataset.history(0, 2, 10).tolist() == [1, 2]
+    # u: b c (the target c is seen, the held-out a and a are not); v: a b; w has no target.
+    assert dataset.popularity().tolist() == [1, 2, 1, 0]
+
+
+def test_stats(tmp_path: Path, config: InteractionsData) -> None:
+    stats = prepare_dataset(config, tmp_path / "out", silent).stats
+    assert stats == json.loads((tmp_path / "out" / "stats.json").read_text())
+    counts = {"users": 3, "items": 4, "interactions": 7, "sequences": 3, "train": 2, "validation": 1, "test": 1}
+    assert {key: stats[key] for key in counts} == counts
+    assert stats["density"] == 7 / 12
+    assert stats["sequence_length"] == pytest.approx({"min": 1, "median": 2, "mean": 7 / 3, "p95": 3.8, "max": 4})
+    assert (stats["title_words"]["max"], stats["title_chars"]["mean"]) == (2, 4.0)
+    assert (stats["duplicate_titles"], stats["empty_titles"], stats["items_without_interactions"]) == (1, 1, 1)
+    assert [step["step"] for step in stats["steps"]] == ["read", "duplicates dropped", "leave_one_out"]
+    assert [step.get("interactions") for step in stats["steps"]] == [8, 7, None]
+    assert stats["steps"][-1]["users_for_training_only"] == 2
+
+
+def test_add_stats(tmp_path: Path, config: InteractionsData) -> None:
+    dataset = prepare_dataset(config, tmp_path / "out", silent)
+    dataset.add_stats({"tokens_per_item": 2.5})
+    assert dataset.stats["tokens_per_item"] == 2.5
+    assert Dataset.load(tmp_path / "out").stats == dataset.stats
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_the_core_cuts_the_catalogue_only_by_items(tmp_path: Path, config: InteractionsData) -> None:
+    by_item = prepare_dataset(config.model_copy(update={"min_item_interactions": 2}), tmp_path / "i", silent)
+    assert by_item.item_ids == ["a", "b"]
+    assert by_item.items_table["brand"].to_pylist() == ["X", "Y"]
+    assert by_item.flat_items.tolist() == [1, 0, 0, 0, 1, 1]
+    by_user = prepare_dataset(config.model_copy(update={"min_user_interactions": 2}), tmp_path / "u", silent)
+    assert (by_user.item_ids, by_user.users) == (["a", "b", "c", "d"], ["u", "v"])
+    with pytest.raises(UserError, match="none is left"):
+        prepare_dataset(config.model_copy(update={"min_user_interactions": 9}), tmp_path / "n", silent)
+    kept = prepare_dataset(config.model_copy(update={"duplicates": "keep"}), tmp_path / "k", silent)
+    assert kept.stats["interactions"] == 8
+
+
+def test_an_unchanged_dataset_is_kept_and_a_changed_one_made_again(tmp_path: Path, config: InteractionsData) -> None:
+    out, said = tmp_path / "out", list[str]()
+    first = prepare_dataset(config, out, silent)
+    first.add_stats({"mine": 1})
+    again = prepare_dataset(config, out, said.append)
+    assert again.stats["mine"] == 1
+    assert any("unchanged" in line for line in said)
+    by_time = config.model_copy(update={"protocol": "chronological"})
+    chronological = prepare_dataset(by_time, out, silent)
+    assert chronological.fingerprint != first.fingerprint
+    assert json.loads((out / "dataset.json").read_text())["protocol"] == "chronological"
+    with open(config.items, "a") as file:
+        file.write("e,Chair,X\n")
+    assert prepare_dataset(by_time, out, silent).item_ids == ["a", "b", "c", "d", "e"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["interactions.csv", "items.csv", "out"]
+
+
+@pytest.mark.parametrize("moment", ["_write_json", "replace_directory"])
+@pytest.mark.parametrize("before", [False, True])
+def test_an_interrupted_prepare_leaves_what_was_there(
+    tmp_path: Path, config: InteractionsData, monkeypatch: pytest.MonkeyPatch, moment: str, before: bool
+) -> None:
+    out = tmp_path / "out"
+    if before:
+        prepare_dataset(config, out, silent)
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, moment, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_dataset(config.model_copy(update={"protocol": "chronological"}), out, silent)
+    monkeypatch.undo()
+    names = ["interactions.csv", "items.csv"] + ["out"] * before
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    if before:
+        assert Dataset.load(out).stats["test"] == 1
+        assert prepare_dataset(config, out, silent).stats["train"] == 2
+
+
+def test_a_failing_rename_puts_the_old_dataset_back(
+    tmp_path: Path, config: InteractionsData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    old = prepare_dataset(config, out, silent)
+    replace = module.os.replace
+
+    def fail(source: Path, target: Path) -> None:
+        if target == out and "old" not in Path(source).name:
+            raise OSError("the disk is full")
+        replace(source, target)
+
+    monkeypatch.setattr(module.os, "replace", fail)
+    with pytest.raises(OSError, match="full"):
+        prepare_dataset(config.model_copy(update={"protocol": "chronological"}), out, silent)
+    assert Dataset.load(out).fingerprint == old.fingerprint
+
+
+def test_what_is_no_dataset_is_refused(tmp_path: Path, config: InteractionsData) -> None:
+    with pytest.raises(UserError, match="no prepared dataset"):
+        Dataset.load(tmp_path / "nowhere")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("words")
+    with pytest.raises(UserError, match="left alone"):
+        prepare_dataset(config, precious, silent)
+    assert (precious / "thesis.txt").read_text() == "words"
+
+    out = tmp_path / "out"
+    prepare_dataset(config, out, silent)
+    (out / "targets.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="damaged"):
+        Dataset.load(out)
+    about = json.loads((out / "dataset.json").read_text())
+    (out / "dataset.json").write_text(json.dumps(about | {"schema_version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        Dataset.load(out)
+    assert prepare_dataset(config, out, silent).stats["train"] == 2
+
+
+def test_nothing_to_train_on_is_an_error(tmp_path: Path, config: InteractionsData) -> None:
+    Path(config.interactions).write_text("user_id,item_id,timestamp\nu,a,1\nv,b,1\n")
+    with pytest.raises(UserError, match="no training target"):
+        prepare_dataset(config, tmp_path / "out", silent)
+
+
+def test_candidates_survive(tmp_path: Path, config: InteractionsData) -> None:
+    files = {split: tmp_path / f"{split}.csv" for split in SPLITS}
+    files["train"].write_text("user_id,history_item_ids,target_item_id\nu,a,b\n")
+    for split, rows in (("validation", "u,a b,c,c d\n"), ("test", "v,c,d,d\nu,a b c,a,a b d\n")):
+        files[split].write_text("user_id,history_item_ids,target_item_id,candidate_item_ids\n" + rows)
+    windows = WindowsData(
+        format="windows",
+        items=config.items,
+        train=str(files["train"]),
+        validation=str(files["validation"]),
+        test=str(files["test"]),
+    )
+    dataset = prepare_dataset(windows, tmp_path / "out", silent)
+    assert dataset.targets["train"].candidates is None
+    found = dataset.targets["test"].candidates
+    assert found is not None
+    assert [c.tolist() for c in found] == [[3], [0, 1, 3]]
+    assert dataset.targets["test"].sequence.tolist() == [1, 0]
+    assert dataset.popularity().tolist() == [1, 1, 0, 0]
+
+
+# -- Real data --------------------------------------------------------------------------------------------------------
+
+Window = tuple[str, tuple[str, ...], str]
+
+
+def published(path: Path) -> list[Window]:
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        return [
+            (row["user_id"], tuple(row["history_item_ids"].split()), row["target_item_id"])
+            for row in csv.DictReader(file)
+        ]
+
+
+def windows_of(dataset: Dataset, split: str, limit: int = 10) -> list[Window]:
+    targets = dataset.targets[split]
+    return [
+        (
+            dataset.users[s],
+            tuple(dataset.item_ids[i] for i in dataset.history(s, p, limit)),
+            dataset.item_ids[dataset.flat_items[dataset.offsets[s] + p]],
+        )
+        for s, p in zip(targets.sequence.tolist(), targets.position.tolist(), strict=True)
+    ]
+
+
+def counts(dataset: Dataset) -> dict[str, int]:
+    return {key: dataset.stats[key] for key in ("users", "items", "interactions", *SPLITS)}
+
+
+def test_office_windows_are_the_published_ones_in_their_order(tmp_path: Path) -> None:
+    folder = real("msl_office")
+    files = {"train": "train.csv.gz", "validation": "valid.csv.gz", "test": "test.csv.gz", "items": "items.jsonl.gz"}
+    config = WindowsData.model_validate({"format": "windows"} | {key: str(folder / f) for key, f in files.items()})
+    dataset = prepare_dataset(config, tmp_path / "out", silent)
+    assert counts(dataset) == {
+        "users": 4895,
+        "items": 2414,
+        "interactions": 53149,
+        "train": 15400,
+        "validation": 1925,
+        "test": 1925,
+    }
+    for split in SPLITS:
+        assert windows_of(dataset, split) == published(folder / files[split])
+    longer = prepare_dataset(config.model_copy(update={"train_targets": "every_position"}), tmp_path / "every", silent)
+    held_out = {(s, p) for split in SPLITS[1:] for s, p in pairs(longer, split)}
+    assert pairs(dataset, "train") < pairs(longer, "train")
+    assert not pairs(longer, "train") & held_out
+    assert longer.popularity().tolist() == dataset.popularity().tolist()
+
+
+def pairs(dataset: Dataset, split: str) -> set[tuple[int, int]]:
+    targets = dataset.targets[split]
+    return set(zip(targets.sequence.tolist(), targets.position.tolist(), strict=True))
+
+
+def test_toy_chronological_is_the_published_split(tmp_path: Path) -> None:
+    folder = real("msl_toy")
+    config = InteractionsData(
+        interactions=str(folder / "interactions.csv.gz"),
+        items=str(folder / "items.jsonl.gz"),
+        protocol="chronological",
+    )
+    dataset = prepare_dataset(config, tmp_path / "out", silent)
+    assert counts(dataset) == {
+        "users": 19124,
+        "items": 11758,
+        "interactions": 165247,
+        "train": 38344,
+        "validation": 4793,
+        "test": 4794,
+    }
+    files = {"train": "train.csv.gz", "validation": "valid.csv.gz", "test": "test.csv.gz"}
+    theirs = {split: Counter(published(folder / files[split])) for split in SPLITS}
+    ours = {split: Counter(windows_of(dataset, split)) for split in SPLITS}
+    assert sum(ours.values(), Counter()) == sum(theirs.values(), Counter())
+    # Where a cut falls among windows of one day, which of them lie before it is a matter of tie order.
+    for split in SPLITS:
+        assert (ours[split] - theirs[split]).total() <= 60, split
+
+
+def test_games_leave_one_out(tmp_path: Path) -> None:
+    folder = real("lcrec_games")
+    config = InteractionsData(interactions=str(folder / "interactions.csv.gz"), items=str(folder / "items.jsonl.gz"))
+    dataset = prepare_dataset(config, tmp_path / "out", silent)
+    assert counts(dataset) == {
+        "users": 50546,
+        "items": 16859,
+        "interactions": 452989,
+        "train": 452989 - 3 * 50546,
+        "validation": 50546,
+        "test": 50546,
+    }
+    assert dataset.popularity().sum() == 452989 - 2 * 50546
+    assert "sid" in dataset.items_table.column_names

@@ -1,0 +1,276 @@
+"""`ilrec evaluate`: full ranking of held-out targets, spread over Ray workers, with most-popular beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from recommender.bundle import read_manifest
+from recommender.catalogue.catalogue import Catalogue
+from recommender.config import SearchConfig
+from recommender.errors import UserError
+from recommender.loading import load_recommender
+from recommender.metrics import bootstrap_interval, metric_values, popularity_ranks
+from trainer.cluster import check_resources, connect
+from trainer.config import ClusterConfig, EvaluationConfig
+from trainer.data.dataset import Dataset
+from trainer.evaluation.ranking import HeldOut, Ranking, held_out, ranks_of
+from trainer.prepare import Say
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an evaluation found.
+
+    Attributes:
+        split: "validation" or "test".
+        targets: how many were ranked.
+        metrics: system ("model", "most_popular") → metric name → mean.
+        intervals: the same, → 95 % interval, from a bootstrap over users.
+        difference: model − most_popular, → paired 95 % interval.
+        invalid_rate: share of listed items that do not exist, repeat or were excluded; must be 0.
+        exact_rate: share of answers proven to be the true top-K.
+        expansions: mean number of trie nodes expanded for an answer.
+        seconds: wall time of the ranking.
+    """
+
+    split: str
+    targets: int
+    metrics: dict[str, dict[str, float]]
+    intervals: dict[str, dict[str, tuple[float, float]]]
+    difference: dict[str, tuple[float, float]]
+    invalid_rate: float
+    exact_rate: float
+    expansions: float
+    seconds: float
+
+
+def evaluate(
+    bundle: Path,
+    dataset_dir: Path,
+    split: str,
+    out_dir: Path,
+    config: EvaluationConfig,
+    cluster: ClusterConfig,
+    say: Say,
+    search: SearchConfig | None = None,
+) -> Report:
+    """Rank every target of a split with a bundle and write `<split>.json` and `<split>.parquet`.
+
+    The latter has a row a target: its rank and the list that was recommended, its history's length and how often the
+    target occurs in training.
+
+    Args:
+        search: in place of the bundle's own search settings.
+
+    Raises:
+        UserError: the bundle does not fit the dataset's catalogue, the split is empty, or the cluster is too small.
+    """
+    dataset = Dataset.load(dataset_dir)
+    limit = config.test_targets if split == "test" else config.validation_targets
+    targets = held_out(dataset, split, limit)
+    if not len(targets):
+        raise UserError(f"{dataset_dir}: the {split} split has no targets")
+    manifest = read_manifest(bundle)
+    if dataset.item_ids != Catalogue.load(bundle).item_ids:
+        raise UserError(
+            f"{bundle}: its catalogue is not the one of {dataset_dir}; prepare the data that it was made for"
+        )
+    if manifest.data_fingerprint != dataset.fingerprint:
+        say(f"note: {bundle} was trained on other data than {dataset_dir}; it may have seen these targets")
+    connect()
+    k = max(10, *config.cutoffs)
+    started = time.monotonic()
+    ranking = _rank(bundle, dataset_dir, split, limit, len(targets), k, config, cluster, say, search)
+    seconds = time.monotonic() - started
+
+    popular = popularity_ranks(
+        dataset.popularity(), targets.targets, targets.histories if config.exclude_seen else None
+    )
+    values = {
+        "model": metric_values(ranking.ranks, config.cutoffs),
+        "most_popular": metric_values(popular, config.cutoffs),
+    }
+    users = np.array(dataset.users)[dataset.targets[split].sequence[targets.numbers]]
+    report = Report(
+        split=split,
+        targets=len(targets),
+        metrics={system: {name: float(v.mean()) for name, v in of.items()} for system, of in values.items()},
+        intervals={
+            system: {name: bootstrap_interval(v, users, config.bootstrap) for name, v in of.items()}
+            for system, of in values.items()
+        },
+        difference={
+            name: bootstrap_interval(v - values["most_popular"][name], users, config.bootstrap)
+            for name, v in values["model"].items()
+        },
+        invalid_rate=ranking.invalid / (len(targets) * k),
+        exact_rate=float(ranking.exact.mean()),
+        expansions=float(ranking.expansions.mean()),
+        seconds=seconds,
+    )
+    out_dir.mkdir(parents=True, exist_ok=True)
+    _write_per_target(dataset, users, targets, ranking, popular, out_dir / f"{split}.parquet")
+    (out_dir / f"{split}.json").write_text(json.dumps(vars(report), indent=2))
+    return report
+
+
+def _rank(
+    bundle: Path,
+    dataset_dir: Path,
+    split: str,
+    limit: int | None,
+    total: int,
+    k: int,
+    config: EvaluationConfig,
+    cluster: ClusterConfig,
+    say: Say,
+    search: SearchConfig | None,
+) -> Ranking:
+    """Deal the targets to Ray actors in chunks, longest histories first, and put the answers back in order."""
+    workers = min(cluster.workers, math.ceil(total / config.batch))
+    check_resources(cluster, workers)
+    options: dict[str, Any] = {
+        "num_cpus": cluster.cpus_per_worker,
+        "num_gpus": cluster.gpus_per_worker,
+        "max_restarts": cluster.max_failures,
+        "max_task_retries": cluster.max_failures,  # what a lost worker was ranking is ranked again
+    }
+    environment = {"OMP_NUM_THREADS": str(max(1, int(cluster.cpus_per_worker)))}
+    actor = ray.remote(_RankingWorker).options(**options, runtime_env={"env_vars": environment})
+    device = "cuda" if cluster.gpus_per_worker else "cpu"
+    arguments = (str(bundle.absolute()), str(dataset_dir.absolute()), split, limit, device, config.precision, search)
+    actors: list[Any] = [actor.remote(*arguments) for _ in range(workers)]
+    lengths = np.array([len(h) for h in held_out(Dataset.load(dataset_dir), split, limit).histories])
+    order = np.argsort(-lengths, kind="stable")
+    chunks: Iterator[np.ndarray] = iter(np.array_split(order, max(workers, math.ceil(total / (4 * config.batch)))))
+    ranks, exact = np.zeros(total, np.int64), np.zeros(total, bool)
+    expansions, invalid, done = np.zeros(total, np.int64), 0, 0
+    items = np.full((total, k), -1, np.int32)
+    running = {}
+    started = said = time.monotonic()
+
+    def dispatch(worker: Any) -> None:
+        if (at := next(chunks, None)) is not None:
+            running[worker.rank.remote(at, k, config.exclude_seen, config.batch)] = (worker, at)
+
+    for worker in actors:
+        dispatch(worker)
+    while running:
+        (ready, *_), _ = ray.wait(list(running))
+        worker, at = running.pop(ready)
+        try:
+            answer: Ranking = ray.get(ready)
+        except ray.exceptions.RayActorError as error:
+            raise UserError(
+                "a ranking worker was lost, and cluster.max_failures restarts are used up: "
+                f"{str(error).splitlines()[0]} Lower evaluation.batch if it was memory, then run this again"
+            ) from error
+        dispatch(worker)
+        ranks[at], exact[at], expansions[at], items[at] = answer.ranks, answer.exact, answer.expansions, answer.items
+        invalid += answer.invalid
+        done += len(at)
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            rate = done / (said - started)
+            say(f"{split}: ranked {done}/{total}, {rate:.0f}/s, {(total - done) / rate:.0f} s left")
+    for worker in actors:
+        ray.kill(worker)
+    return Ranking(ranks, exact, expansions, items, invalid)
+
+
+class _RankingWorker:
+    """A Ray actor that holds the recommender and the held-out targets."""
+
+    def __init__(
+        self,
+        bundle: str,
+        dataset_dir: str,
+        split: str,
+        limit: int | None,
+        device: str,
+        precision: str | None,
+        search: SearchConfig | None,
+    ):
+        import os
+
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        dtype = None if precision is None else getattr(torch, precision)
+        self._recommender = load_recommender(bundle, device, dtype, search)
+        self._targets = held_out(Dataset.load(dataset_dir), split, limit)
+
+    def rank(self, at: np.ndarray, k: int, exclude_seen: bool, batch: int) -> Ranking:
+        return ranks_of(self._recommender, self._targets.take(at), k, exclude_seen, batch)
+
+
+def _write_per_target(
+    dataset: Dataset, users: np.ndarray, targets: HeldOut, ranking: Ranking, popular: np.ndarray, path: Path
+) -> None:
+    listed = (ranking.items >= 0) & (ranking.items < len(dataset.item_ids))
+    offsets = np.concatenate([[0], np.cumsum(listed.sum(1))]).astype(np.int32)
+    items = pa.array(dataset.item_ids).take(pa.array(ranking.items[listed]))
+    table = pa.table(
+        {
+            "user_id": users,
+            "target_item_id": [dataset.item_ids[i] for i in targets.targets],
+            "rank": ranking.ranks,
+            "exact": ranking.exact,
+            "expansions": ranking.expansions,
+            "most_popular_rank": popular,
+            "history_length": [len(history) for history in targets.histories],
+            "target_popularity": dataset.popularity()[targets.targets],
+            "recommended": pa.ListArray.from_arrays(offsets, items),
+        }
+    )
+    pq.write_table(table, path)
+
+
+def read_per_target(path: Path) -> pa.Table:
+    """What `compare` needs of a `<split>.parquet`.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return pq.read_table(path, columns=["user_id", "target_item_id", "rank"])
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"{path}: not the per-target file of an evaluation (<run>/evaluation/<split>.parquet): {reason}"
+        ) from None
+
+
+def compare(first: Path, second: Path, metric: str = "NDCG@10", resamples: int = 10_000) -> dict[str, Any]:
+    """Paired bootstrap over users of the difference of two evaluations of the same targets (`<split>.parquet` files).
+
+    Returns:
+        means of both, their difference and its 95 % interval.
+
+    Raises:
+        UserError: the two did not rank the same targets, or one of them cannot be read.
+    """
+    tables = [read_per_target(path) for path in (first, second)]
+    for column in ("user_id", "target_item_id"):
+        if not tables[0][column].equals(tables[1][column]):
+            raise UserError(f"{first} and {second} did not rank the same targets; evaluate both on the same split")
+    cutoff = int(metric.partition("@")[2])
+    a, b = (metric_values(table["rank"].to_numpy(), [cutoff])[metric] for table in tables)
+    return {
+        "metric": metric,
+        "first": float(a.mean()),
+        "second": float(b.mean()),
+        "difference": float((a - b).mean()),
+        "interval": bootstrap_interval(a - b, tables[0]["user_id"].to_numpy(), resamples),
+    }
