@@ -6,11 +6,14 @@ import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from recommender.errors import UserError
+
+if TYPE_CHECKING:
+    from recommender.models import Version
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,8 +26,8 @@ app = typer.Typer(
 A first run, start to end:
 
   ilrec train configs/demo.yaml
-  ilrec evaluate configs/demo.yaml
-  ilrec serve runs/demo/bundle
+  ilrec evaluate demo
+  ilrec serve demo
 
 Every verb explains itself: ilrec train --help.""",
 )
@@ -34,9 +37,17 @@ Set = Annotated[
     list[str],
     typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Override a field: --set training.epochs=3. Repeatable."),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start over: drop what an earlier run of this name left.")]
-Bundle = Annotated[
-    Path, typer.Argument(help="A bundle: the directory that `ilrec train` writes, <storage>/<name>/bundle.")
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Begin a new version, even where there is one of this config; keeps all others.")
+]
+Promote = Annotated[
+    bool, typer.Option("--promote", help="Let the name stand for what was trained; without it only the first is.")
+]
+Reference = Annotated[
+    str, typer.Argument(help="A model: name (what is promoted), name@2, name@latest, or the path of a bundle.")
+]
+Storage = Annotated[
+    Path, typer.Option(envvar="ILREC_STORAGE", help="Where models and runs lie: cluster.storage of their experiments.")
 ]
 Address = Annotated[
     str,
@@ -64,11 +75,24 @@ runs_app = typer.Typer(
 
 \b
 ilrec runs list
-ilrec runs compare demo demo-sasrec
-ilrec runs prune --storage /mnt/runs""",
+ilrec runs compare demo@1 demo@2
+ilrec runs prune --keep 3
+ilrec runs convert                  # of releases before versions""",
 )
 app.add_typer(runs_app, name="runs")
-Storage = Annotated[Path, typer.Option(help="Where the runs lie: cluster.storage of their experiments.")]
+
+models_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="""List models and their versions; say which version a name stands for, and take that back.
+
+\b
+ilrec models list
+ilrec models show shop
+ilrec models promote shop@3
+ilrec models rollback shop""",
+)
+app.add_typer(models_app, name="models")
 
 
 def _say(text: str) -> None:
@@ -102,28 +126,30 @@ def prepare(config: Config, overrides: Set = []) -> None:  # noqa: B006
     """
     from trainer.experiment import load_experiment
 
-    experiment = load_experiment(config, overrides)
+    experiment = load_experiment(config, overrides).located()
     from trainer.prepare import prepare as write_prepared
 
     prepared = write_prepared(experiment, _say)
-    _say(f"prepared: {prepared} (statistics in dataset/stats.json)")
+    for part in prepared.parts:
+        _say(f"prepared: {part}")
 
 
 @app.command()
-def train(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  # noqa: B006
-    """Prepare the data if need be, train on Ray, export the best checkpoint as a bundle.
+def train(config: Config, fresh: Fresh = False, promote: Promote = False, overrides: Set = []) -> None:  # noqa: B006
+    """Prepare the data if need be, train on Ray, export the best checkpoint as a version of the model.
 
-    Interrupted? Run the same command again: it goes on from its latest checkpoint.
+    Interrupted? Run the same command again: it goes on from its latest checkpoint. Another config, or new data, become
+    the next version beside those that there are; nothing is overwritten.
 
     \b
     ilrec train configs/demo.yaml
     ilrec train configs/office.yaml --set training.epochs=3 --set cluster.workers=1
-    ilrec train my.yaml --set init_from=runs/last_week/bundle
+    ilrec train my.yaml --set init_from=shop          # goes on from what is promoted
     ilrec train my.yaml --set recommender.kind=sasrec --set name=my-sasrec
     """
     from trainer.experiment import load_experiment
 
-    experiment = load_experiment(config, overrides)
+    experiment = load_experiment(config, overrides).located()
     from trainer.fit import check_model
     from trainer.fit import train as fit
     from trainer.prepare import prepare as write_prepared
@@ -131,16 +157,27 @@ def train(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  #
 
     check_model(experiment)
     with alone(experiment):
-        bundle = fit(experiment, write_prepared(experiment, _say, fresh), _say, fresh)
-    _say(
-        f"bundle: {bundle}\nreport: {experiment.run_dir}/report.html\n"
-        f"next: ilrec evaluate {config}, or ilrec serve {bundle}"
-    )
+        version = fit(experiment, write_prepared(experiment, _say), _say, fresh)
+    _say(f"bundle: {version.bundle}\nreport: {version.directory}/report.html")
+    _conclude(version, promote)
+
+
+def _conclude(version: Version, promote: bool) -> None:
+    """Promote a new version if asked to, and say what can be done with it."""
+    from recommender.models import Model
+
+    model = Model(version.storage, version.name)
+    if promote:
+        model.promote(version)
+    serve_it = f"ilrec serve {version.name}"
+    if model.promoted != version:
+        serve_it = f"ilrec models promote {version} (the name stands for {model.promoted})"
+    _say(f"next: ilrec evaluate {version}, or {serve_it}")
 
 
 @app.command()
-def tune(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  # noqa: B006
-    """Try values of some fields (the `sweep` section), stop the bad trials early, export the best one as a bundle.
+def tune(config: Config, fresh: Fresh = False, promote: Promote = False, overrides: Set = []) -> None:  # noqa: B006
+    """Try values of some fields (the `sweep` section), stop the bad trials early, export the best one as a version.
 
     Each trial is a training run on Ray as `ilrec train` starts it; as many run at once as the cluster has room for.
     Interrupted? Run the same command again: finished trials are kept, the others go on.
@@ -165,99 +202,102 @@ def tune(config: Config, fresh: Fresh = False, overrides: Set = []) -> None:  # 
     from tune.space import check_sweep
 
     check_sweep(experiment)
+    experiment = experiment.located()
     from trainer.run import alone
     from tune.sweep import sweep
 
     with alone(experiment):
-        bundle = sweep(experiment, _say, fresh)
-    run = bundle.parent
-    _say(
-        f"bundle: {bundle}\nreport: {run}/tune/report.html, trials.json\nsettings: {run}/best.yaml\n"
-        f"next: ilrec evaluate {config}, or ilrec serve {bundle}, or ilrec train {run}/best.yaml"
-    )
+        version = sweep(experiment, _say, fresh)
+    run = version.directory
+    _say(f"bundle: {version.bundle}\nreport: {run}/tune/report.html, trials.json\nsettings: {run}/best.yaml")
+    _conclude(version, promote)
 
 
 @app.command()
 def evaluate(
-    config: Config,
-    bundle: Annotated[Path | None, typer.Option(help="Default: the experiment's own bundle.")] = None,
-    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    what: Annotated[str, typer.Argument(help="An experiment (YAML file): its latest version; or a model: name@2.")],
+    model: Annotated[str | None, typer.Option(help="Another model or bundle, on the experiment's data.")] = None,
+    split: Annotated[Literal["test", "validation"], typer.Option(help="Which targets.")] = "test",
     against: Annotated[
-        Path | None,
-        typer.Option(help="Per-target file of another evaluation: paired bootstrap over users of the difference."),
+        str | None,
+        typer.Option(help="Another model that was evaluated, or its targets.parquet: paired bootstrap over users."),
     ] = None,
+    storage: Storage = Path("runs"),
     overrides: Set = [],  # noqa: B006
 ) -> None:
     """Rank every held-out target against the whole catalogue: HR and NDCG with 95 % intervals, most-popular beside.
 
     \b
-    ilrec evaluate configs/demo.yaml
+    ilrec evaluate demo
+    ilrec evaluate demo@2 --against demo@1
     ilrec evaluate configs/demo.yaml --split validation
-    ilrec evaluate configs/demo.yaml --against runs/other/evaluation/test.parquet
+    ilrec evaluate configs/demo.yaml --model other --set evaluation.exclude_seen=true
     """
+    from recommender.models import find_bundle
     from trainer.experiment import load_experiment
+    from trainer.run import experiment_of
 
-    experiment = load_experiment(config, overrides)
-    if split not in ("test", "validation"):
-        raise UserError(f"--split {split}: choose test or validation")
+    if Path(what).suffix in (".yaml", ".yml"):
+        experiment = load_experiment(what, overrides)
+        if model is None:
+            model = str(experiment.model.version("latest").bundle)
+    else:
+        model = model or what
+        experiment = experiment_of(find_bundle(what, storage), overrides)
+    experiment = experiment.located()
+    bundle = find_bundle(model, experiment.storage)
     from deploy.demo import print_report
     from trainer.evaluation.evaluation import compare, read_per_target
     from trainer.evaluation.evaluation import evaluate as rank_all
+    from trainer.evaluation.saved import per_target_of
+    from trainer.prepare import prepare as write_prepared
     from trainer.reporting.report import write_report
-    from trainer.run import SWEEP
+    from trainer.run import CONFIG, SWEEP
 
-    chosen = (bundle or experiment.run_dir / "bundle").expanduser().absolute()
-    out = chosen.parent / "evaluation"
-    if against is not None and (not against.exists() or against.resolve() == (out / f"{split}.parquet").resolve()):
-        raise UserError(
-            f"--against {against}: give the per-target file of another evaluation; this one writes to {out}"
-        )
-    if against is not None:
-        read_per_target(against)  # before the ranking, which takes long
-    report = rank_all(
-        chosen,
-        experiment.run_dir / "prepared" / "dataset",
-        split,
-        out,
-        experiment.evaluation,
-        experiment.cluster,
-        _say,
-        experiment.search,
+    other = None if against is None else per_target_of(against, split, experiment.storage)
+    if other is not None:
+        read_per_target(other)  # before the ranking, which takes long
+    prepared = write_prepared(experiment, _say)
+    report, saved = rank_all(
+        bundle, prepared.dataset, split, experiment.evaluation, experiment.cluster, _say, experiment.search
     )
     print_report(report.metrics, report.intervals)
     _say(
         f"{report.targets} {split} targets in {report.seconds:.1f} s; exact {report.exact_rate:.1%}, "
         f"invalid {report.invalid_rate:.1%}, {report.expansions:.1f} expansions a list"
     )
-    _say(f"saved: {out}/{split}.json, .parquet")
-    if out.parent == experiment.run_dir and not (experiment.run_dir / SWEEP).exists():  # which has a report of its own
-        _say(f"report: {write_report(experiment)}")
-    if against is not None:
-        found = compare(out / f"{split}.parquet", against)
+    _say(f"saved: {saved.directory}")
+    run = bundle.parent
+    if (run / CONFIG).exists() and not (run / SWEEP).exists():  # a sweep has a report of its own
+        _say(f"report: {write_report(experiment, run, prepared)}")
+    if other is not None:
+        found = compare(saved.per_target, other)
         low, high = found["interval"]
         _say(f"{found['metric']} minus {against}: {found['difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}]")
 
 
 @app.command()
 def recommend(
-    bundle: Bundle,
+    model: Reference,
     history: Annotated[str, typer.Option(help='Item ids or titles, oldest first, parted by ";"; or a JSON list.')],
     k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     seen: Annotated[bool, typer.Option("--seen/--unseen", help="Whether items of the history may come back.")] = False,
+    storage: Storage = Path("runs"),
 ) -> None:
     """Print the top-K for one history.
 
     \b
-    ilrec recommend runs/demo/bundle --history "i12; i7; i99"
-    ilrec recommend runs/office/bundle --history "12; 431; 77" -k 5
-    ilrec recommend runs/shop/bundle --history '["Tent; two persons", "Stove"]'
+    ilrec recommend demo --history "i12; i7; i99"
+    ilrec recommend office@2 --history "12; 431; 77" -k 5
+    ilrec recommend /models/shop --history '["Tent; two persons", "Stove"]'
     """
     texts = _listed(history)
     if not texts:
         raise UserError('--history is empty; give ids or titles parted by ";"')
     from recommender.loading import load_recommender
+    from recommender.models import find_bundle
 
-    recommender = load_recommender(bundle)
+    recommender = load_recommender(find_bundle(model, storage))
     items = recommender.catalogue.indices_of(texts)
     answer = recommender.recommend([items], k, None if seen else [set(items)])[0]
     for rank, (item, score) in enumerate(zip(answer.items, answer.scores, strict=True), 1):
@@ -281,18 +321,20 @@ def _listed(history: str) -> list[str]:
 
 @app.command()
 def serve(
-    bundle: Bundle,
+    model: Reference,
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default 8000.")] = None,
     config: Annotated[Path | None, typer.Option(help="Take the `serving` section of this experiment.")] = None,
+    storage: Storage = Path("runs"),
 ) -> None:
-    """Serve a bundle over HTTP with Ray Serve until Ctrl-C.
+    """Serve a model over HTTP with Ray Serve until Ctrl-C.
 
     \b
-    ilrec serve runs/demo/bundle
+    ilrec serve demo
     curl -s localhost:8000/v1/recommendations -H 'content-type: application/json' \\
          -d '{"history": ["<id or title>"], "k": 5}'
     """
+    from recommender.models import find_bundle
     from service.config import ServingConfig
 
     settings = ServingConfig()
@@ -303,56 +345,80 @@ def serve(
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     from service.app import run
 
-    run(bundle, settings.model_copy(update=given), blocking=True)
+    run(find_bundle(model, storage), settings.model_copy(update=given), blocking=True)
+
+
+Out = Annotated[
+    Path | None,
+    typer.Argument(help="A directory for the new bundle; default: it becomes the model's next version."),
+]
 
 
 @app.command()
 def export(
-    bundle: Bundle,
-    out: Annotated[Path, typer.Argument(help="Directory of the new bundle.")],
+    model: Reference,
+    out: Out = None,
     merge: Annotated[bool, typer.Option("--merge", help="Fold the LoRA adapter into the backbone.")] = False,
+    promote: Promote = False,
+    storage: Storage = Path("runs"),
 ) -> None:
-    """Copy a bundle, its adapter folded in, so that it needs no other files.
+    """Write a bundle anew, its adapter folded in, so that it needs no other files.
 
     \b
-    ilrec export runs/lora/bundle exported --merge
+    ilrec export shop --merge                 # the next version of shop
+    ilrec export shop@3 /models/shop --merge
     """
     if not merge:
-        raise UserError("say what to do: ilrec export BUNDLE OUT --merge")
+        raise UserError("say what to do: ilrec export MODEL [OUT] --merge")
     from recommender.recommender import merge_adapter
+    from trainer.derived import derived
 
-    merge_adapter(bundle, out)
-    _say(f"merged bundle: {out}")
+    version = derived(model, storage, out, "export", merge_adapter)
+    if version is not None:
+        _conclude(version, promote)
+    else:
+        _say(f"merged bundle: {out}")
 
 
 @app.command()
 def extend(
-    bundle: Bundle,
+    model: Reference,
     items: Annotated[str, typer.Argument(help="Items file: CSV, TSV, JSONL or Parquet with item_id and title.")],
-    out: Annotated[Path, typer.Argument(help="Directory of the new bundle.")],
+    out: Out = None,
     id_column: Annotated[str, typer.Option(help="Its column of item ids.")] = "item_id",
     title_column: Annotated[str, typer.Option(help="Its column of titles.")] = "title",
+    promote: Promote = False,
+    storage: Storage = Path("runs"),
 ) -> None:
-    """Add new items to a bundle without training: a language model can name whatever has a title.
+    """Add new items to a model without training: a language model can name whatever has a title.
 
-    Items that the bundle knows already stay as they are.
+    Items that it knows already stay as they are, and so does the version that it is made from.
 
     \b
-    ilrec extend runs/shop/bundle data/items_today.csv runs/shop/bundle-today
+    ilrec extend shop data/items_today.csv              # the next version of shop
+    ilrec extend shop@3 data/items_today.csv /models/shop-today
     """
     from recommender.catalogue.catalogue import Catalogue
+    from recommender.models import find_bundle
     from recommender.recommender import extend_bundle, language_model_manifest
     from trainer.data.config import ItemColumns
     from trainer.data.readers import Problems, read_items
+    from trainer.derived import derived
 
+    bundle = find_bundle(model, storage)
     language_model_manifest(bundle)
     table = read_items(items, ItemColumns(item_id=id_column, title=title_column), Problems("strict"))
     known = set(Catalogue.load(bundle).item_ids)
     new = table.filter([item not in known for item in table["item_id"].to_pylist()])
     if not len(new):
-        raise UserError(f"{items}: all of its {len(table)} items are in {bundle} already")
-    extend_bundle(bundle, Catalogue(new["item_id"].to_pylist(), new["title"].to_pylist(), new), out)
-    _say(f"{out}: {len(new)} items added to {len(known)}, {len(table) - len(new)} were known")
+        raise UserError(f"{items}: all of its {len(table)} items are in {model} already")
+    further = Catalogue(new["item_id"].to_pylist(), new["title"].to_pylist(), new)
+    version = derived(
+        model, storage, out, "extend", lambda source, target, **of: extend_bundle(source, further, target, **of)
+    )
+    _say(f"{version or out}: {len(new)} items added to {len(known)}, {len(table) - len(new)} were known")
+    if version is not None:
+        _conclude(version, promote)
 
 
 @app.command()
@@ -383,7 +449,7 @@ def demo(
     """
     from trainer.experiment import load_experiment
 
-    experiment = load_experiment(config, overrides)
+    experiment = load_experiment(config, overrides).located()
     from deploy.demo import run
     from trainer.run import alone
 
@@ -411,7 +477,7 @@ def plan(
     """
     from trainer.experiment import load_experiment
 
-    experiment = load_experiment(config, overrides)
+    experiment = load_experiment(config, overrides).located()
     from deploy.plan import print_plan
     from trainer.loop.requirements import requirements
     from trainer.prepare import prepare as write_prepared
@@ -520,7 +586,7 @@ def list_runs(storage: Storage = Path("runs")) -> None:
 
 @runs_app.command("compare")
 def compare_runs(
-    names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="Names in the storage, or paths.")],
+    names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="name@2, or a name: its latest version.")],
     storage: Storage = Path("runs"),
 ) -> None:
     """The fields in which runs differ, their metrics, and the first's paired difference to each of the others."""
@@ -532,12 +598,76 @@ def compare_runs(
 @runs_app.command()
 def prune(
     storage: Storage = Path("runs"),
+    keep: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also remove versions: all but the latest N, the promoted, and the one before it."),
+    ] = None,
+    parts: Annotated[bool, typer.Option("--parts", help="Also remove prepared data that no version needs.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
-    """Remove the checkpoints of finished runs and what interrupted writes left; shows how much it is, and asks."""
+    """Remove the checkpoints of finished runs and what interrupted writes left; shows what and how much, and asks.
+
+    The only command that removes anything.
+
+    \b
+    ilrec runs prune
+    ilrec runs prune --keep 3 --parts
+    """
     from deploy.runs import prune as prune_runs
 
-    prune_runs(storage, yes, typer.confirm, _say)
+    prune_runs(storage, keep, parts, yes, typer.confirm, _say)
+
+
+@runs_app.command()
+def convert(
+    storage: Storage = Path("runs"),
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Make runs of releases before versions version 1 of their model; shows which, and asks. Nothing is removed."""
+    from deploy.convert import convert as convert_runs
+
+    convert_runs(storage, yes, typer.confirm, _say)
+
+
+@models_app.command("list")
+def list_models(storage: Storage = Path("runs")) -> None:
+    """All models: which version the name stands for, how many there are, validation, when it was exported."""
+    from deploy.models import print_models
+
+    print_models(storage)
+
+
+@models_app.command()
+def show(
+    model: Annotated[str, typer.Argument(help="A model's name.")],
+    storage: Storage = Path("runs"),
+) -> None:
+    """A model's versions, and what was promoted when."""
+    from deploy.models import print_model
+
+    print_model(storage, model, _say)
+
+
+@models_app.command("promote")
+def promote_version(
+    version: Annotated[str, typer.Argument(help="name@2, or a name: its latest version.")],
+    storage: Storage = Path("runs"),
+) -> None:
+    """Let a name stand for a version: `serve`, `recommend`, `init_from` take it; endpoints of that name follow."""
+    from deploy.models import promote as promote_model
+
+    promote_model(storage, version, _say)
+
+
+@models_app.command()
+def rollback(
+    model: Annotated[str, typer.Argument(help="A model's name.")],
+    storage: Storage = Path("runs"),
+) -> None:
+    """Let a name stand for what it stood for before. Once more goes further back."""
+    from deploy.models import rollback as roll_back
+
+    roll_back(storage, model, _say)
 
 
 def main() -> NoReturn:

@@ -72,7 +72,7 @@ class Job:
         self._cluster = cluster
         self._config, self._output = directory / f"{values['name']}.yaml", directory / f"{values['name']}.out"
         self._config.write_text(yaml.safe_dump(values))
-        self.run = Path(values["cluster"]["storage"]) / values["name"]
+        self.run = Path(values["cluster"]["storage"]) / values["name"] / "1"
         self.start()
 
     def start(self) -> None:

@@ -369,12 +369,12 @@ def forward_and_backward(module: TrainedModel, micro_batch: MicroBatch) -> None:
 
 
 def load(config: str, overrides: list[str]) -> tuple[Experiment, Dataset, ItemSpace]:
-    """An experiment's data, prepared in a run of this benchmark's own; whatever it trains, a language model here."""
+    """An experiment's data, prepared; whatever it trains, a language model here."""
     experiment = load_experiment(config, overrides)
     own = {"name": f"packing-{experiment.name}", "recommender": LanguageModelConfig(), "objective": LMLConfig()}
     experiment = experiment.model_copy(update=own)
     prepared = prepare(experiment)
-    return experiment, Dataset.load(prepared / "dataset"), ItemSpace.load(prepared / "items")
+    return experiment, Dataset.load(prepared.dataset), ItemSpace.load(prepared.items)
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,7 @@ from recommender.backbone.backbone import Backbone, cast
 from recommender.config import TEMPLATES, PromptConfig
 from recommender.errors import UserError
 from recommender.items.prompt import Prompt
+from recommender.models import find_bundle
 from recommender.search.prefixes import Prefixes
 from recommender.search.search import TreeSearch
 
@@ -178,8 +178,8 @@ def times_table(made: Sequence[Contender], seconds: Sequence[Sequence[float]], n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True, help="a trained language model")
-    parser.add_argument("--run", type=Path, help="whose validation histories are asked; default: the bundle's own run")
+    parser.add_argument("--bundle", required=True, help="a trained language model: name, name@version, or path")
+    parser.add_argument("--run", help="a model whose validation histories are asked; default: the bundle itself")
     parser.add_argument("--width", type=int, help="nodes expanded a forward; default: the bundle's")
     parser.add_argument("--template", choices=TEMPLATES, help="a prompt other than the bundle's, for what words cost")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], help="of the weights; default: as saved")
@@ -191,7 +191,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
-        served = Served.load(args.bundle, args.run or args.bundle.parent, args.histories, "cpu", args.width)
+        bundle, run = find_bundle(args.bundle), find_bundle(args.run or args.bundle)
+        served = Served.load(bundle, run, args.histories, "cpu", args.width)
     except UserError as error:
         parser.error(str(error))
     if args.precision:

@@ -109,7 +109,7 @@ def table(found: dict[str, Counter[str]], steps: int, title: str) -> Table:
 
 
 def load(config: str, overrides: list[str]) -> tuple[Experiment, Dataset, ItemSpace]:
-    """An experiment and its data, prepared in a run of this benchmark's own.
+    """An experiment and its data, prepared.
 
     Raises:
         UserError: it takes rewards, whose model would have to be trained first.
@@ -119,7 +119,7 @@ def load(config: str, overrides: list[str]) -> tuple[Experiment, Dataset, ItemSp
         raise UserError("objective: takes rewards, whose model is not trained here; set objective.crr_weight=0")
     own = {"name": f"profile-{experiment.name}", "recommender": LanguageModelConfig()}
     prepared = prepare(experiment.model_copy(update=own))
-    return experiment, Dataset.load(prepared / "dataset"), ItemSpace.load(prepared / "items")
+    return experiment, Dataset.load(prepared.dataset), ItemSpace.load(prepared.items)
 
 
 def engine_alone(experiment: Experiment, space: ItemSpace) -> tuple[Any, TrainedModel]:

@@ -70,7 +70,7 @@ def _per_target(finished: dict[str, list[Run]]) -> tuple[pa.Table, dict[str, Val
     for method, runs in finished.items():
         ranks = []
         for run in runs:
-            path = run.directory / "evaluation" / "test.parquet"
+            path = run.evaluation.per_target
             table = pq.read_table(path, columns=["user_id", "target_item_id", "rank"])
             who = table.drop_columns(["rank"])
             targets = who if targets is None else targets

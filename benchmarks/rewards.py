@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.catalogues import SimulatedModel, random_titles
 from objectives.rewards import Histories, Rewards, RewardSource
 from recommender.items.trie import RadixTrie
+from recommender.models import find_bundle
 
 
 def simulated(items: int, samples: int, spread: float) -> tuple[Any, RadixTrie, Histories]:
@@ -51,8 +52,10 @@ def trained(bundle: Path, run: Path, samples: int) -> tuple[Any, RadixTrie, Hist
     from recommender.items.item_space import ItemSpace
     from trainer.data.dataset import Dataset
     from trainer.evaluation.ranking import held_out
+    from trainer.run import prepared_of
 
-    dataset, space = Dataset.load(run / "prepared" / "dataset"), ItemSpace.load(run / "prepared" / "items")
+    prepared = prepared_of(run)
+    dataset, space = Dataset.load(prepared.dataset), ItemSpace.load(prepared.items)
     if Catalogue.load(bundle).item_ids != dataset.item_ids:
         raise SystemExit(f"{bundle} and {run} are of different catalogues")
     split = held_out(dataset, "validation", samples)
@@ -92,14 +95,14 @@ def main() -> None:
     parser.add_argument("--spread", type=float, default=3.0, help="standard deviation of the simulated scores")
     parser.add_argument("--top", type=int, nargs="+", default=[100, 1_000, 10_000])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--bundle", type=Path, help="a collaborative bundle, in place of simulated scores")
-    parser.add_argument("--run", type=Path, help="a run on the same data: its catalogue, trie and validation histories")
+    parser.add_argument("--bundle", help="a collaborative model (name or path), in place of simulated scores")
+    parser.add_argument("--run", help="a language model on the same data: its catalogue, trie, validation histories")
     args = parser.parse_args()
     if (args.bundle is None) != (args.run is None):
         parser.error("--bundle and --run go together")
     torch.set_num_threads(1)
     if args.bundle:
-        cases = [trained(args.bundle, args.run, args.samples)]
+        cases = [trained(find_bundle(args.bundle), find_bundle(args.run), args.samples)]
     else:
         cases = [simulated(items, args.samples, args.spread) for items in args.items]
     table = Table(

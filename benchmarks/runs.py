@@ -9,8 +9,11 @@ from typing import Any
 
 from benchmarks.config import StudyConfig, as_override
 from objectives.config import needs_rewards
+from recommender.bundle import peek_manifest
 from recommender.errors import UserError
+from recommender.files import write_json
 from trainer.config import ClusterConfig, LanguageModelConfig
+from trainer.evaluation.saved import Saved, latest
 from trainer.experiment import Experiment, load_experiment
 
 _RECORD = "study.json"
@@ -53,13 +56,19 @@ class Run:
         return [verb, self.base, *(word for override in self.overrides for word in ("--set", override))]
 
     @property
+    def home(self) -> Path:
+        """Of its model."""
+        return self.experiment.model.home
+
+    @property
     def directory(self) -> Path:
-        return self.experiment.run_dir
+        """Of the version that is trained; only of a run that is."""
+        return self.experiment.model.version("latest").directory
 
     @property
     def log(self) -> Path:
         """What the commands said, all of them one after the other."""
-        return self.directory.with_name(f"{self.name}.log")
+        return self.home.with_name(f"{self.name}.log")
 
     def check(self) -> None:
         """Refuse a directory in which other settings were run: a finished run is never passed off as another.
@@ -67,7 +76,7 @@ class Run:
         Raises:
             UserError: names the fields that differ.
         """
-        path = self.directory / _RECORD
+        path = self.home / _RECORD
         if not path.exists():
             return
         mine, theirs = self._settings(), json.loads(path.read_text())
@@ -78,15 +87,14 @@ class Run:
         ]
         if changed:
             raise UserError(
-                f"{self.directory} holds a run with other settings:\n"
+                f"{self.home} holds a run with other settings:\n"
                 + "\n".join(changed)
                 + "\nTake the change back, give the study another name, or remove that directory."
             )
 
     def claim(self) -> None:
         """Write down what is run here, for `check`."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / _RECORD).write_text(json.dumps(self._settings(), indent=2))
+        write_json(self.home / _RECORD, self._settings())
 
     def _settings(self) -> dict[str, Any]:
         """What decides the outcome, by path; sections that do not apply to this kind of recommender are left out."""
@@ -99,19 +107,16 @@ class Run:
 
     @property
     def is_trained(self) -> bool:
-        """The history is the last thing that `ilrec train` writes."""
-        return (self.directory / _RECORD).exists() and all(
-            (self.directory / file).exists() for file in ("bundle/recommender.json", "training.json")
-        )
+        """Whether it has a bundle."""
+        return (self.home / _RECORD).exists() and bool(self.experiment.model.complete)
 
     @property
     def is_tested(self) -> bool:
-        return self.is_trained and (self.directory / "evaluation" / "test.json").exists()
+        return self.is_trained and latest(self.directory) is not None
 
     def validation(self, metric: str) -> float:
         """Of the epoch that became the bundle."""
-        manifest = json.loads((self.directory / "bundle" / "recommender.json").read_text())
-        return float(manifest["metrics"][f"validation_{metric}"])
+        return peek_manifest(self.directory / "bundle").metrics[f"validation_{metric}"]
 
     @property
     def seconds(self) -> float:
@@ -122,8 +127,14 @@ class Run:
     @property
     def test(self) -> dict[str, Any]:
         """What `ilrec evaluate` reported."""
-        report: dict[str, Any] = json.loads((self.directory / "evaluation" / "test.json").read_text())
-        return report
+        return self.evaluation.report
+
+    @property
+    def evaluation(self) -> Saved:
+        """On the test targets."""
+        found = latest(self.directory)
+        assert found is not None
+        return found
 
 
 class Study:

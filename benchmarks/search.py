@@ -49,6 +49,7 @@ from recommender.config import SearchConfig
 from recommender.errors import UserError
 from recommender.items.trie import RadixTrie
 from recommender.metrics import metric_values
+from recommender.models import find_bundle
 from recommender.recommender import Recommender
 from recommender.search.frontier import Ranking
 from recommender.search.prefill import prefill
@@ -57,6 +58,7 @@ from recommender.search.scoring import CandidateScorer
 from recommender.search.search import TreeSearch
 from trainer.data.dataset import Dataset
 from trainer.evaluation.ranking import held_out
+from trainer.run import prepared_of
 
 Prompts = Sequence[np.ndarray]
 _SCORED_AT_ONCE = 128  # items
@@ -179,7 +181,7 @@ class Served:
         `width` takes the place of the bundle's own.
         """
         recommender = Recommender.load(bundle, device)
-        dataset = Dataset.load(run / "prepared" / "dataset")
+        dataset = Dataset.load(prepared_of(run).dataset)
         if dataset.item_ids != recommender.catalogue.item_ids:
             raise UserError(f"{bundle} and {run} are of different catalogues")
         split = held_out(dataset, "validation", histories)
@@ -386,8 +388,8 @@ def ranks_of(lists: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True, help="a trained language model")
-    parser.add_argument("--run", type=Path, help="whose validation histories are asked; default: the bundle's own run")
+    parser.add_argument("--bundle", required=True, help="a trained language model: name, name@version, or path")
+    parser.add_argument("--run", help="a model whose validation histories are asked; default: the bundle itself")
     parser.add_argument("--width", type=int, help="nodes expanded a forward; default: the bundle's")
     parser.add_argument("--items", type=int, nargs="*", default=[17_000, 100_000, 1_000_000], help="simulated")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
@@ -407,8 +409,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
-        run = args.run or args.bundle.parent
-        served = Served.load(args.bundle, run, args.quality_histories, args.device, args.width)
+        bundle, run = find_bundle(args.bundle), find_bundle(args.run or args.bundle)
+        served = Served.load(bundle, run, args.quality_histories, args.device, args.width)
     except UserError as error:
         parser.error(str(error))
     own = len(served.recommender.catalogue)

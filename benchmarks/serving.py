@@ -31,7 +31,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import cycle, islice
-from pathlib import Path
 
 import psutil
 import torch
@@ -43,12 +42,14 @@ from rich.table import Table
 from benchmarks.endpoints import Empty, Generating
 from benchmarks.load import Closed, Measured, Open, Plan, measure
 from recommender.errors import UserError
+from recommender.models import find_bundle
 from recommender.recommender import Recommender
 from service.app import run
 from service.config import ServingConfig
 from trainer.cluster import connect
 from trainer.data.dataset import Dataset
 from trainer.evaluation.ranking import held_out
+from trainer.run import prepared_of
 
 EMPTY, READING, ILREC, GENERATE, BARE = "empty", "reading", "ilrec", "generate", "bare search"
 PATHS = {EMPTY: "/empty/", READING: "/empty/read", ILREC: "/v1/recommendations", GENERATE: "/generate/"}
@@ -184,8 +185,8 @@ def soak(ask: Callable[[float], Measured], minutes: float) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True, help="a trained language model")
-    parser.add_argument("--run", type=Path, help="whose validation histories are asked; default: the bundle's own run")
+    parser.add_argument("--bundle", required=True, help="a trained language model: name, name@version, or path")
+    parser.add_argument("--run", help="a model whose validation histories are asked; default: the bundle itself")
     parser.add_argument("--histories", type=int, default=256)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32], help="of the closed loops")
     parser.add_argument("--seconds", type=float, default=20, help="that each loop is counted")
@@ -201,14 +202,15 @@ def main() -> None:
     config = ServingConfig(host=HOST, port=args.port, threads=args.threads)
     torch.set_num_threads(args.threads)  # of the bare search, as of a replica's
     try:
-        recommender = Recommender.load(args.bundle)
-        dataset = Dataset.load((args.run or args.bundle.parent) / "prepared" / "dataset")
+        bundle = find_bundle(args.bundle)
+        recommender = Recommender.load(bundle)
+        dataset = Dataset.load(prepared_of(find_bundle(args.run or args.bundle)).dataset)
         if dataset.item_ids != recommender.catalogue.item_ids:
-            raise UserError(f"{args.bundle} and {args.run or args.bundle.parent} are of different catalogues")
+            raise UserError(f"{args.bundle} and {args.run} are of different catalogues")
         split = held_out(dataset, "validation", args.histories)
         histories = [history[-config.max_history :].tolist() for history in split.histories]
         connect(num_cpus=args.threads + 2)
-        run(args.bundle, config, blocking=False)
+        run(bundle, config, blocking=False)
     except UserError as error:
         parser.error(str(error))
     named = [[dataset.item_ids[item] for item in history] for history in histories]
@@ -224,7 +226,7 @@ def main() -> None:
         names = [EMPTY, READING, ILREC] + ([] if args.without_generate else [GENERATE])
         serve.run(Empty.bind(), name=EMPTY, route_prefix="/empty")  # type: ignore[attr-defined]  # decorated
         if not args.without_generate:
-            generating = Generating.bind(str(args.bundle.absolute()), args.k, args.threads)  # type: ignore[attr-defined]
+            generating = Generating.bind(str(bundle), args.k, args.threads)  # type: ignore[attr-defined]
             serve.run(generating, name=GENERATE, route_prefix="/generate")
         replica = Replica(args.port)
         console.print(f"{len(bodies)} histories, K = {args.k}, {args.threads} threads, {args.seconds:g} s a loop")

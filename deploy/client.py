@@ -17,7 +17,7 @@ from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from deploy.jobs import check_reachable, check_room, command, explained, packed
 from trainer.experiment import Experiment
-from trainer.prepare import Say
+from trainer.parts import Say
 
 _INTERRUPTED = 130
 _TRIES = 3  # the cluster forks a server for each client while it talks to others, and now and then that one dies

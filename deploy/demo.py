@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import time
 from pathlib import Path
@@ -12,17 +11,20 @@ from rich.console import Console
 from rich.table import Table
 
 from recommender.bundle import read_manifest
+from recommender.files import read_json, write_json
+from recommender.models import Version
 from trainer.data.dataset import Dataset
 from trainer.evaluation.evaluation import evaluate
 from trainer.evaluation.ranking import held_out
 from trainer.experiment import Experiment
 from trainer.fit import check_model, train
-from trainer.prepare import Say, prepare
+from trainer.parts import Prepared, Say
+from trainer.prepare import prepare, world_of
 from trainer.reporting.report import write_report
 
 
 def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[str, Any]:
-    """Prepare, train, evaluate, serve, ask once; print and save (`<run>/summary.json`) what was seen.
+    """Prepare, train, evaluate, serve, ask once; print and save (`summary.json`) what was seen.
 
     Returns:
         The summary: seconds by stage, data statistics, metrics by system, the recommendation, where things lie.
@@ -37,47 +39,50 @@ def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[s
         return result
 
     check_model(experiment)
-    prepared: Path = timed("prepare", prepare, experiment, say, fresh)
-    bundle: Path = timed("train", train, experiment, prepared, say, fresh)
-    evaluation = experiment.run_dir / "evaluation"
-    report = timed(
+    prepared: Prepared = timed("prepare", prepare, experiment, say)
+    version: Version = timed("train", train, experiment, prepared, say, fresh)
+    report, saved = timed(
         "evaluate",
         evaluate,
-        bundle,
-        prepared / "dataset",
+        version.bundle,
+        prepared.dataset,
         "test",
-        evaluation,
         experiment.evaluation,
         experiment.cluster,
         say,
+        experiment.search,
     )
-    page = write_report(experiment)
-    history, answer = timed("serve", ask, experiment, bundle, Dataset.load(prepared / "dataset"))
+    page = write_report(experiment, version.directory, prepared)
+    history, answer = timed("serve", ask, experiment, version.bundle, Dataset.load(prepared.dataset))
 
     metrics = dict(report.metrics)
     if experiment.world is not None:
-        metrics["oracle"] = json.loads((experiment.run_dir / "world" / "oracle.json").read_text())["test"]["oracle"]
+        metrics["oracle"] = read_json(world_of(experiment) / "oracle.json")["test"]["oracle"]
     print_recommendation(history, answer)
     print_report(metrics, report.intervals)
     summary = {
         "name": experiment.name,
         "metrics": metrics,
         "intervals": report.intervals,
-        "validation": read_manifest(bundle).metrics,
+        "validation": read_manifest(version.bundle).metrics,
         "exact_rate": report.exact_rate,
         "invalid_rate": report.invalid_rate,
         "expansions": report.expansions,
         "seconds": seconds,
-        "data": json.loads((prepared / "dataset" / "stats.json").read_text()),
+        "data": prepared.stats(),
         "request": {"history": history, "response": answer},
-        "paths": {"data": str(prepared), "bundle": str(bundle), "evaluation": str(evaluation)},
+        "paths": {
+            "data": str(prepared.dataset),
+            "bundle": str(version.bundle),
+            "evaluation": str(saved.directory),
+        },
     }
-    path = experiment.run_dir / "summary.json"
-    path.write_text(json.dumps(summary, indent=2))
+    path = version.directory / "summary.json"
+    write_json(path, summary)
     say("seconds: " + ", ".join(f"{stage} {value}" for stage, value in seconds.items()))
-    say(f"everything lies in {experiment.run_dir}")
-    say(f"  report      {page}\n  bundle      {bundle}\n  evaluation  {evaluation}\n  summary     {path}")
-    say(f"serve it again: ilrec serve {bundle}")
+    say(f"everything lies in {version.directory}")
+    say(f"  report      {page}\n  bundle      {version.bundle}\n  evaluation  {saved.directory}\n  summary     {path}")
+    say(f"serve it: ilrec serve {version}")
     return summary
 
 

@@ -32,7 +32,7 @@ from rich.table import Column, Table
 from recommender.errors import UserError
 from trainer.cluster import check_fits
 from trainer.experiment import Experiment
-from trainer.prepare import Say
+from trainer.parts import Say
 
 _CHECKOUT = Path(__file__).parents[1]
 _LARGEST_UPLOAD = 100 * 2**20  # Ray keeps packages in the head's memory

@@ -8,8 +8,10 @@ from datetime import timedelta
 from rich.console import Console
 from rich.table import Table
 
+from recommender.files import read_json
 from trainer.experiment import Experiment
 from trainer.loop.requirements import Memory, Requirements
+from trainer.run import HISTORY
 
 _GB = 2**30
 
@@ -77,7 +79,7 @@ def _verdict(needs: Requirements, memory: Memory, gpu_memory: float) -> str:
 
 def _measured(experiment: Experiment) -> tuple[float | None, str]:
     """Tokens a second of an earlier run of this name."""
-    history = experiment.run_dir / "training.json"
-    if not history.exists():
-        return None, ""
-    return float(json.loads(history.read_text())[-1]["tokens_per_second"]), f"measured: {history}"
+    for version in reversed(experiment.model.versions):
+        if history := read_json(version.directory / HISTORY):
+            return float(history[-1]["tokens_per_second"]), f"measured: {version.directory / HISTORY}"
+    return None, ""

@@ -8,27 +8,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
 
 from recommender.errors import UserError
+from recommender.models import Model
 from trainer.reporting.runs import Run, differences, find_runs, named_run, prunable, remove, size
 
 Say = Callable[[str], None]
 
 
 def print_runs(storage: Path, say: Say) -> None:
-    """A row for each run of a storage, the latest last; what is none is named below."""
+    """A row for each version of a storage, the latest last; what is none is named below. Fits 80 columns."""
     runs, notes = find_runs(storage)
-    table = Table(Column("run", overflow="fold"), "kind", "objective", "state", "validation", "test", "size", "age")
+    figures = [Column(name, justify="right", no_wrap=True) for name in ("valid.", "test", "size", "age")]
+    named = [Column(name, overflow="fold") for name in ("run", "what", "state")]
+    table = Table(*named, *figures, box=SIMPLE, padding=(0, 1, 0, 0))
+    promoted = {run.version.name: Model(storage, run.version.name).promoted for run in runs}
     for run in sorted(runs, key=lambda run: run.changed):
-        figures = [_figure(run.validation), _figure(run.test.get("NDCG@10"))]
+        reached = _figure(run.validation), _figure(run.test.get("NDCG@10"))
         disk, age = bytes_shown(size(run.directory)), age_shown(time.time() - run.changed)
-        table.add_row(run.name, run.kind or "–", run.objective or "–", run.state, *figures, disk, age)
+        name = f"{run.name}*" if promoted[run.version.name] == run.version else run.name
+        table.add_row(name, _what(run), run.state, *reached, disk, age)
     Console().print(table)
-    say("validation, test: NDCG@10; validation of the best epoch so far")
+    say("* what the name stands for; valid. (of the best epoch so far), test: NDCG@10")
     for note in notes:
         say(f"note: {note}")
+
+
+def _what(run: Run) -> str:
+    kind = {"language model": "LM", "collaborative": "", "sweep": "sweep"}.get(run.kind, run.kind)
+    return " ".join(filter(None, (kind, run.objective)))
 
 
 def print_comparison(storage: Path, names: Sequence[str], say: Say) -> None:
@@ -50,29 +61,21 @@ def print_comparison(storage: Path, names: Sequence[str], say: Say) -> None:
         say(_paired(first, other))
 
 
-def prune(storage: Path, agreed: bool, confirm: Callable[[str], bool], say: Say) -> None:
+def prune(storage: Path, keep: int | None, parts: bool, agreed: bool, confirm: Callable[[str], bool], say: Say) -> None:
     """Remove what `prunable` names, once the user has seen how much it is and agrees."""
-    runs, notes = find_runs(storage)
-    found: list[tuple[Path, int]] = []
-    table = Table("run", "what", "size")
-    for run in runs:
-        try:
-            for path, what in prunable(run):
-                found.append((path, size(path)))
-                table.add_row(run.name, f"{path.relative_to(run.directory)}: {what}", bytes_shown(found[-1][1]))
-        except UserError as error:
-            notes.append(f"{run.name} keeps its checkpoints: {error}")
+    found, notes = prunable(storage, keep, parts)
     for note in notes:
         say(f"note: {note}")
     if not found:
-        say("nothing to prune: no finished run has checkpoints, no write was interrupted")
+        say("nothing to prune")
         return
+    table = Table(Column("directory", overflow="fold"), "what", "size")
+    sizes = [size(path) for path, _ in found]
+    for (path, what), amount in zip(found, sizes, strict=True):
+        table.add_row(str(path.relative_to(storage)), what, bytes_shown(amount))
     Console().print(table)
-    total = bytes_shown(sum(amount for _, amount in found))
-    say(
-        "Bundles, prepared data and evaluations stay. A run without checkpoints is over; `ilrec train --fresh` "
-        "repeats it."
-    )
+    total = bytes_shown(sum(sizes))
+    say("All else stays. A version without checkpoints cannot be trained on; its bundle and evaluations are whole.")
     if not (agreed or confirm(f"Remove {total}?")):
         say("nothing was removed")
         return
@@ -83,12 +86,13 @@ def prune(storage: Path, agreed: bool, confirm: Callable[[str], bool], say: Say)
 
 def _paired(first: Run, other: Run) -> str:
     title = f"{first.name} minus {other.name}"
-    if not (first.per_target.exists() and other.per_target.exists()):
-        return f"{title}: not both have evaluation/test.parquet (`ilrec evaluate`), so no paired difference"
+    mine, theirs = first.per_target, other.per_target
+    if mine is None or theirs is None:
+        return f"{title}: not both were evaluated on the test targets (`ilrec evaluate`), so no paired difference"
     from trainer.evaluation.evaluation import compare
 
     try:
-        found = compare(first.per_target, other.per_target)
+        found = compare(mine, theirs)
     except UserError as error:
         return f"{title}: {error}"
     low, high = found["interval"]

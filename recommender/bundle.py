@@ -14,12 +14,10 @@ safetensors, Parquet and JSON only (and marisa's plain trie): nothing in a bundl
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recommender.config import SearchConfig
 from recommender.errors import UserError
-from recommender.files import replace_directory
+from recommender.files import digest, new_directory, sha256
 
 MANIFEST = "recommender.json"
 CARD = "README.md"
@@ -56,6 +54,10 @@ class Manifest(BaseModel):
     Attributes:
         schema_version: of the bundle's layout.
         name: shown to clients as the model.
+        version: of the model; None where the bundle was written to a path of its own.
+        made_from: the version or path of the bundle that this one was made from without training, if any.
+        exported_at: when it was written, in UTC.
+        trained_until: the latest time of an interaction that training saw, as the data give it; "" where they do not.
         recommender: what kind of recommender this is (the experiment's `recommender` section); bundles from before it
             existed hold language models.
         search: how this model's top-K is found.
@@ -73,6 +75,10 @@ class Manifest(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     name: str
+    version: int | None = None
+    made_from: str = ""
+    exported_at: str = ""
+    trained_until: str = ""
     recommender: dict[str, Any] = {}
     search: SearchConfig = SearchConfig()
     temperature: float = 1.0
@@ -90,37 +96,49 @@ class Manifest(BaseModel):
         return str(self.recommender.get("kind", LANGUAGE_MODEL))
 
     @property
+    def checksum(self) -> str:
+        """Names the content: of two bundles that have the same one, every file is the same."""
+        return digest(self.checksums)
+
+    @property
     def weights(self) -> dict[str, str]:
         """The checksums of the model's weights, an adapter's aside."""
         return {name: value for name, value in self.checksums.items() if re.fullmatch(r"model.*\.safetensors", name)}
 
 
 def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Path], None]) -> None:
-    """Write a bundle aside and rename it into place: it is complete, or it is not there.
+    """Write a bundle aside, its manifest last, and rename it into place: it is complete, or it is not there.
 
     Args:
-        directory: replaced if it exists, once the new one is complete.
+        directory: must not be there yet.
         write_files: writes everything but the manifest into the directory it is given.
 
     Raises:
-        UserError: `directory` holds something that is no bundle.
+        UserError: `directory` is there.
     """
-    if directory.exists() and not (directory / MANIFEST).exists() and (directory.is_file() or any(directory.iterdir())):
-        raise UserError(f"{directory}: holds something that is no bundle, and is left alone; choose another directory")
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-    try:
+    check_free(directory)
+    with new_directory(directory) as aside:
         write_files(aside)
         (aside / CARD).unlink(missing_ok=True)  # peft brings one
-        checksums = {path.name: _sha256(path) for path in sorted(aside.iterdir()) if path.is_file()}
-        complete = manifest.model_copy(update={"checksums": checksums})
-        (aside / MANIFEST).write_text(complete.model_dump_json(indent=2))
+        written = {
+            "checksums": {path.name: sha256(path) for path in sorted(aside.iterdir()) if path.is_file()},
+            "exported_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        complete = manifest.model_copy(update=written)
         (aside / CARD).write_text(_card(complete))
+        (aside / MANIFEST).write_text(complete.model_dump_json(indent=2))
         for path in aside.iterdir():
             path.chmod(0o644)  # safetensors writes files that only their owner may read
-        replace_directory(aside, directory)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_free(directory: Path) -> None:
+    """Refuse to write a bundle over something, before the work is done.
+
+    Raises:
+        UserError: `directory` is there, and holds something.
+    """
+    if directory.exists() and (directory.is_file() or any(directory.iterdir())):
+        raise UserError(f"{directory}: is there already, and is left as it is; choose another place, or remove it")
 
 
 def kind_of(directory: Path) -> str:
@@ -129,7 +147,7 @@ def kind_of(directory: Path) -> str:
     Raises:
         UserError: no bundle, or a layout of another version.
     """
-    return _read(directory).kind
+    return peek_manifest(directory).kind
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -138,22 +156,25 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         UserError: no bundle, a layout of another version, a file that is missing or differs from its checksum.
     """
-    manifest = _read(directory)
+    manifest = peek_manifest(directory)
     for name, expected in manifest.checksums.items():
         file = directory / name
         if not file.exists():
             raise UserError(f"{file}: missing from the bundle; copy the whole directory again")
-        if _sha256(file) != expected:
+        if sha256(file) != expected:
             raise UserError(f"{file}: differs from its checksum in {MANIFEST}; damaged or edited, copy or export again")
     return manifest
 
 
-def _read(directory: Path) -> Manifest:
+def peek_manifest(directory: Path) -> Manifest:
+    """The manifest of a bundle, read without a look at its other files.
+
+    Raises:
+        UserError: no bundle, or a layout of another version.
+    """
     path = directory / MANIFEST
     if not path.exists():
-        raise UserError(
-            f"{directory}: not a bundle (no {MANIFEST}); `ilrec train` writes one to <storage>/<name>/bundle"
-        )
+        raise UserError(f"{directory}: not a bundle (no {MANIFEST}); `ilrec models list` shows what there is")
     try:
         values = json.loads(path.read_text())
         version = values.get("schema_version")
@@ -165,11 +186,6 @@ def _read(directory: Path) -> Manifest:
         return Manifest.model_validate(values)
     except (ValueError, AttributeError, ValidationError) as error:
         raise UserError(f"{path}: damaged: {error}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _card(manifest: Manifest) -> str:

@@ -19,6 +19,7 @@ from recommender.config import LoraConfig, Score, SearchConfig
 from recommender.errors import UserError
 from recommender.golden import record
 from recommender.items.item_space import ItemSpace
+from recommender.models import base_of
 from recommender.recommendation import Recommendation, Spelling
 from recommender.search.prefixes import Prefixes
 from recommender.search.scoring import CandidateScorer
@@ -89,7 +90,7 @@ class Recommender:
             manifest = manifest.model_copy(update={"search": search})
         space = ItemSpace.load(directory)
         load = load_model if bases is None else bases.load
-        model: Any = _open(directory, manifest, lambda path, revision: load(path, revision, device, dtype))
+        model: Any = _open(directory, lambda path, revision: load(path, revision, device, dtype))
         return cls(space, Backbone(model.to(device), space.tokenizer), manifest, history_cache)
 
     def save(self, directory: str | Path) -> None:
@@ -233,7 +234,7 @@ def _base_weights(model: Any) -> dict[str, str]:
     return {} if base is None or not (base / MANIFEST).exists() else read_manifest(base).weights
 
 
-def _open(bundle: Path, manifest: Manifest, load: Callable[[str, str | None], PreTrainedModel]) -> Any:
+def _open(bundle: Path, load: Callable[[str, str | None], PreTrainedModel]) -> Any:
     """The model of a bundle: plain or, over a base that lies elsewhere, with its adapter.
 
     Args:
@@ -244,12 +245,7 @@ def _open(bundle: Path, manifest: Manifest, load: Callable[[str, str | None], Pr
     import peft
 
     config = peft.PeftConfig.from_pretrained(str(bundle))
-    name = str(config.base_model_name_or_path)
-    if manifest.base and (Path(name) / MANIFEST).exists() and read_manifest(Path(name)).weights != manifest.base:
-        raise UserError(
-            f"{bundle}: its adapter was trained on other weights than {name} holds now; put the old bundle back there, "
-            "or train the adapter again"
-        )
+    name = base_of(bundle, str(config.base_model_name_or_path))
     try:
         base = load(name, config.revision)
     except (OSError, ValueError) as error:
@@ -257,18 +253,22 @@ def _open(bundle: Path, manifest: Manifest, load: Callable[[str, str | None], Pr
             f"{bundle}: its adapter belongs to the base {name}, which cannot be loaded: {shortened(error)}; put it "
             "back; ilrec export BUNDLE OUT --merge then makes a bundle that needs no base"
         ) from error
-    return peft.PeftModel.from_pretrained(base, str(bundle))
+    adapted = peft.PeftModel.from_pretrained(base, str(bundle))
+    adapted.active_peft_config.base_model_name_or_path = name  # for what is saved from here on
+    return adapted
 
 
 def _merged(source: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-    model = _open(
-        source, language_model_manifest(source), lambda path, revision: load_model(path, revision, "cpu", dtype)
-    )
+    language_model_manifest(source)
+    model = _open(source, lambda path, revision: load_model(path, revision, "cpu", dtype))
     return model.merge_and_unload() if (source / ADAPTER).exists() else model
 
 
-def merge_adapter(bundle: str | Path, directory: str | Path) -> None:
+def merge_adapter(bundle: str | Path, directory: str | Path, version: int | None = None, made_from: str = "") -> None:
     """Fold a bundle's LoRA adapter into its backbone and write the result as a bundle of its own.
+
+    Args:
+        version, made_from: of the new bundle's manifest.
 
     Raises:
         UserError: the bundle holds no adapter.
@@ -278,14 +278,21 @@ def merge_adapter(bundle: str | Path, directory: str | Path) -> None:
     if not (source / ADAPTER).exists():
         raise UserError(f"{source}: holds full weights, there is no adapter to merge")
     space = ItemSpace.load(source)
+    manifest = manifest.model_copy(update={"version": version, "made_from": made_from})
     Recommender(space, Backbone(_merged(source, None), space.tokenizer), manifest).save(directory)
 
 
-def extend_bundle(bundle: str | Path, further: Catalogue, directory: str | Path) -> None:
+def extend_bundle(
+    bundle: str | Path, further: Catalogue, directory: str | Path, version: int | None = None, made_from: str = ""
+) -> None:
     """Write a bundle with the same weights over a larger catalogue: what has a title can be named without training.
+
+    Args:
+        version, made_from: of the new bundle's manifest.
 
     Raises:
         UserError: the bundle holds a collaborative model, or an item id is known already.
     """
     recommender = Recommender.load(bundle)
-    Recommender(recommender.space.extended(further), recommender.backbone, recommender.manifest).save(directory)
+    manifest = recommender.manifest.model_copy(update={"version": version, "made_from": made_from})
+    Recommender(recommender.space.extended(further), recommender.backbone, manifest).save(directory)

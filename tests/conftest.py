@@ -11,6 +11,7 @@ import pytest
 from recommender.config import PresetBackbone, PromptConfig
 from trainer.config import ClusterConfig, EvaluationConfig, TrainingConfig
 from trainer.experiment import Experiment
+from trainer.parts import Prepared
 from trainer.world.config import WorldConfig
 
 # Before anything imports torch and Ray, which read them once. The tensors are tiny: threads would only wait.
@@ -47,23 +48,23 @@ def tiny_experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 
 
 @pytest.fixture(scope="session")
-def tiny_prepared(tiny_experiment: Experiment) -> Path:
-    """What `ilrec prepare` writes for the tiny world: `dataset/` and `items/`."""
+def tiny_prepared(tiny_experiment: Experiment) -> Prepared:
+    """What `ilrec prepare` makes for the tiny world."""
     from trainer.prepare import prepare
 
     return prepare(tiny_experiment, lambda text: None)
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_experiment: Experiment, tiny_prepared: Path) -> Path:
+def tiny_bundle(tiny_experiment: Experiment, tiny_prepared: Prepared) -> Path:
     """A bundle with random weights over the tiny world, made without Ray. Not to be changed."""
     from recommender.backbone.backbone import load_backbone
     from recommender.bundle import Manifest
     from recommender.items.item_space import ItemSpace
     from recommender.recommender import Recommender
 
-    space = ItemSpace.load(tiny_prepared / "items")
+    space = ItemSpace.load(tiny_prepared.items)
     backbone = load_backbone(tiny_experiment.backbone, space.tokenizer, seed=1)
-    bundle = tiny_experiment.run_dir / "random"
+    bundle = tiny_experiment.storage / "random"
     Recommender(space, backbone, Manifest(name="tiny", metrics={"validation_NDCG@10": 0.1})).save(bundle)
     return bundle

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("**/*.yaml"))
 VERBS = [
     *("simulate", "prepare", "train", "tune", "evaluate", "recommend", "serve", "export", "extend", "schema", "demo"),
-    *("plan", "submit", "jobs", "runs"),
+    *("plan", "submit", "jobs", "runs", "models"),
 ]
 HEAVY = {"torch", "transformers", "ray", "deepspeed", "pyarrow", "peft"}
 
@@ -37,9 +38,9 @@ ilrec.main()
 """
 
 
-def ilrec(*arguments: str, status: int = 0) -> str:
+def ilrec(*arguments: str, status: int = 0, columns: int = 120) -> str:
     """Its output, both streams; asserts the status and that there is no traceback."""
-    environment = {"COLUMNS": "120", "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
+    environment = {"COLUMNS": str(columns), "PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/")}
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *arguments],
         cwd=ROOT,
@@ -169,8 +170,11 @@ def test_a_storage_that_cannot_be_written_is_named(config: Path) -> None:
 
 def test_evaluate_says_what_is_missing(config: Path, tmp_path: Path) -> None:
     storage = f"cluster.storage={tmp_path}/runs"
-    assert "--split tset: choose test or validation" in ilrec("evaluate", str(config), "--split", "tset", status=2)
-    assert "ilrec prepare" in ilrec("evaluate", str(config), "--set", storage, status=2)
+    assert "'tset' is not one of" in ilrec("evaluate", str(config), "--split", "tset", status=2)
+    assert "my: no version in" in ilrec("evaluate", str(config), "--set", storage, status=2)
+    text = ilrec("evaluate", "shop", "--storage", str(tmp_path), status=2)
+    assert f"shop: no model of this name in {tmp_path}, which holds none" in text
+    assert not HEAVY & imported(text)
 
 
 def test_schema_accepts_what_the_program_accepts(config: Path) -> None:
@@ -230,7 +234,7 @@ def test_a_run_has_one_trainer(config: Path, tmp_path: Path, verb: str) -> None:
     with (directory / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         text = ilrec(verb, str(config), *sets, *(["--set", f"sweep={sweep}"] if verb == "tune" else []), status=2)
-    assert "another command is training there" in text
+    assert "another command is training this model" in text
     assert [path.name for path in directory.iterdir()] == [".lock"]
 
 
@@ -307,7 +311,7 @@ def test_bad_requests_are_refused(tiny_bundle: Path, arguments: list[str], says:
 
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     for arguments in (["recommend", str(tmp_path), "--history", "i7"], ["export", str(tmp_path), "out", "--merge"]):
-        assert f"error: {tmp_path}: not a bundle" in ilrec(*arguments, status=2)
+        assert f"error: {tmp_path}: no bundle" in ilrec(*arguments, status=2)
 
 
 def test_extend_adds_what_is_new(tiny_bundle: Path, recommender: Recommender, tmp_path: Path) -> None:
@@ -317,6 +321,34 @@ def test_extend_adds_what_is_new(tiny_bundle: Path, recommender: Recommender, tm
     assert "1 items added to 200, 1 were known" in text
     assert "n1  A new tent" in ilrec("recommend", out, "--history", "n1; n1", "-k", "201", "--seen")
     assert "are in" in ilrec("extend", out, str(items), str(tmp_path / "again"), "--id-column", "sku", status=2)
+    for taken in (out, str(tiny_bundle)):  # not even its own input is overwritten
+        refused = ilrec("extend", str(tiny_bundle), str(items), taken, "--id-column", "sku", status=2)
+        assert f"error: {taken}: is there already, and is left as it is" in refused
+    assert "so say where the new bundle goes" in ilrec("extend", out, str(items), "--id-column", "title", status=2)
+
+
+def test_a_model_grows_by_versions_and_is_rolled_back(tiny_bundle: Path, tmp_path: Path) -> None:
+    storage, items = ["--storage", str(tmp_path / "runs")], tmp_path / "items.csv"
+    shutil.copytree(tiny_bundle, tmp_path / "runs" / "shop" / "1" / "bundle")
+    items.write_text("item_id,title\nn1,A new tent\n")
+    text = ilrec("extend", "shop", str(items), *storage)
+    assert "shop@2: 1 items added to 200" in text
+    assert "ilrec models promote shop@2 (the name stands for shop@1)" in text
+    unknown = ["recommend", "shop", "--history", "n1", *storage]
+    assert "not in the catalogue" in ilrec(*unknown, status=2)
+    assert "shop stands for shop@2, and no longer for shop@1" in ilrec("models", "promote", "shop", *storage)
+    assert listed(ilrec(*unknown))
+    shown = ilrec("models", "show", "shop", *storage)
+    assert re.search(r"@1 .*\n.*@2\* .* shop@1", shown)
+    assert re.search(r"first +shop@1\n.* promote +shop@2", shown)
+    assert not HEAVY - {"pyarrow"} & imported(shown)
+    assert "shop stands for shop@1 again" in ilrec("models", "rollback", "shop", *storage)
+    assert "nothing was promoted before" in ilrec("models", "rollback", "shop", *storage, status=2)
+    assert re.search(r"shop +@1 +1, 2 ", ilrec("models", "list", *storage))
+    assert "there is no such version; there are shop@1, shop@2" in ilrec(
+        "models", "promote", "shop@7", *storage, status=2
+    )
+    assert "no version in" in ilrec("models", "promote", "shp", *storage, status=2)
 
 
 def test_export_says_what_to_do(tiny_bundle: Path, tmp_path: Path) -> None:

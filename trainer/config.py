@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -26,13 +25,7 @@ class CollaborativeBundle(StrictModel):
     """A collaborative model that was trained before, on the same catalogue."""
 
     kind: Literal["bundle"] = "bundle"
-    path: str = Field(description="Its bundle.")
-
-    @field_validator("path")
-    @classmethod
-    def _absolute(cls, path: str) -> str:
-        """Workers run in directories of their own."""
-        return str(Path(path).expanduser().absolute())
+    path: str = Field(description="Its name, name@version, or its bundle's path.")
 
 
 RewardConfig = Annotated[CollaborativeConfig | CollaborativeBundle, Field(discriminator="kind")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from objectives.config import ILRecConfig, ObjectiveConfig, needs_rewards
 from recommender.collaborative.config import SASRecConfig
@@ -24,9 +24,11 @@ from recommender.config import (
     StrictModel,
 )
 from recommender.errors import UserError
+from recommender.models import Model, find_bundle
 from service.config import ServingConfig
 from trainer.config import (
     ClusterConfig,
+    CollaborativeBundle,
     EvaluationConfig,
     LanguageModelConfig,
     RecommenderConfig,
@@ -35,18 +37,23 @@ from trainer.config import (
     TrainingConfig,
 )
 from trainer.data.config import DataConfig
+from trainer.parts import PARTS
 from trainer.sweep_config import SweepConfig
 from trainer.world.config import WorldConfig
 
-Model = TypeVar("Model", bound=BaseModel)
+Config = TypeVar("Config", bound=BaseModel)
 
+_TAKEN = (PARTS, "collaborative")  # directories of a storage
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
 
 class Experiment(StrictModel):
     """One experiment: data, model, objective, training, evaluation, serving."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Names the run: <storage>/<name>.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
+        description="Names the model that is trained; its versions lie in <storage>/<name>.",
+    )
     world: WorldConfig | None = Field(None, description="Simulate this world first and use it as data.")
     data: DataConfig | None = Field(None, description="Interactions and items. Left out only where `world` is given.")
     recommender: RecommenderConfig = Field(
@@ -58,7 +65,9 @@ class Experiment(StrictModel):
     identifier: IdentifierConfig = IdentifierConfig()
     prompt: PromptConfig = PromptConfig()
     backbone: BackboneConfig = PresetBackbone()
-    init_from: str | None = Field(None, description="A bundle whose weights training starts from.")
+    init_from: str | None = Field(
+        None, description="The model whose weights training starts from: its name, name@version, or a bundle's path."
+    )
     objective: ObjectiveConfig = ILRecConfig()
     collaborative: RewardConfig | None = Field(
         SASRecConfig(),
@@ -75,6 +84,8 @@ class Experiment(StrictModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
+        if self.name in _TAKEN:
+            raise ValueError(f"name: {self.name} is the name of a directory that all models share; choose another one")
         if (self.world is None) == (self.data is None):
             raise ValueError("give either `data` (your files) or `world` (a simulated one)")
         if not isinstance(self.recommender, LanguageModelConfig):
@@ -94,16 +105,41 @@ class Experiment(StrictModel):
             )
         return self
 
-    @field_validator("init_from")
-    @classmethod
-    def _absolute(cls, path: str | None) -> str | None:
-        """Workers run in directories of their own."""
-        return None if path is None else str(Path(path).expanduser().absolute())
+    @property
+    def storage(self) -> Path:
+        """Where models lie (local storage)."""
+        return Path(self.cluster.storage).expanduser().absolute()
 
     @property
-    def run_dir(self) -> Path:
-        """Where everything of this experiment lies (local storage)."""
-        return Path(self.cluster.storage).expanduser().absolute() / self.name
+    def parts(self) -> Path:
+        """Where what the runs of a storage share lies."""
+        return self.storage / PARTS
+
+    @property
+    def model(self) -> Model:
+        """The model that is trained, with the versions that there are."""
+        return Model(self.storage, self.name)
+
+    def located(self) -> Experiment:
+        """With the paths of bundles where it names models, so that workers, which run elsewhere, find them.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        found: dict[str, Any] = {}
+        if self.init_from is not None:
+            found["init_from"] = str(_bundle("init_from", self.init_from, self.storage))
+        if isinstance(self.collaborative, CollaborativeBundle):
+            path = str(_bundle("collaborative.path", self.collaborative.path, self.storage))
+            found["collaborative"] = self.collaborative.model_copy(update={"path": path})
+        return self.model_copy(update=found)
+
+
+def _bundle(field: str, reference: str, storage: Path) -> Path:
+    try:
+        return find_bundle(reference, storage)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from None
 
 
 def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -172,7 +208,7 @@ def load_world(overrides: Sequence[str]) -> WorldConfig:
     return _validated(WorldConfig, values, "world")
 
 
-def _validated(model: type[Model], values: dict[str, Any], source: str) -> Model:
+def _validated(model: type[Config], values: dict[str, Any], source: str) -> Config:
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any
-
-import ray.train
 
 from objectives.config import ILRecConfig, needs_rewards
 from objectives.objective import build_objective
@@ -15,7 +11,9 @@ from recommender.backbone.backbone import count_layers
 from recommender.bundle import Manifest, read_manifest
 from recommender.config import PRESETS, PresetBackbone
 from recommender.errors import UserError
+from recommender.files import write_json
 from recommender.items.item_space import ItemSpace
+from recommender.models import Version
 from recommender.recommender import Recommender, language_model_manifest
 from trainer.cluster import check_address, check_resources, connect
 from trainer.collaborative.fit import ensure_collaborative, fit_collaborative
@@ -23,58 +21,59 @@ from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.loop import checkpoint
-from trainer.loop.launch import run_to_best, torch_trainer
+from trainer.loop.launch import Trained, run_to_best, torch_trainer
 from trainer.loop.worker import TOO_LARGE, starting_backbone
-from trainer.prepare import Say
+from trainer.parts import Prepared, Say
 from trainer.reporting.report import write_report
 from trainer.reporting.tracking import check_tracking, tracked
-from trainer.run import check_claim, claim, pruned
+from trainer.run import HISTORY, LOG, begin, version_of
 
 
-def train(experiment: Experiment, prepared: Path, say: Say = print, fresh: bool = False) -> Path:
-    """Train on Ray, export the best checkpoint as a bundle, and draw the run's report.
+def train(experiment: Experiment, prepared: Prepared, say: Say = print, fresh: bool = False) -> Version:
+    """Train a version of the experiment's model on Ray, export its best checkpoint as a bundle, and draw its report.
 
-    A run that was interrupted goes on from its latest checkpoint when called again; a finished one is not repeated.
+    What was begun with the same config on the same data goes on from its latest checkpoint; what is finished is not
+    repeated; anything else becomes a new version beside those that there are.
 
     Args:
-        fresh: start over, whatever an earlier run left.
-
-    Returns:
-        `<run>/bundle`.
+        fresh: train a new version, whatever there is.
 
     Raises:
-        UserError: the directory holds another config's run, the cluster is too small, or training stopped for a reason
-            that the user can mend.
+        UserError: the cluster is too small, or training stopped for a reason that the user can mend.
     """
-    dataset = Dataset.load(prepared / "dataset")
+    dataset = Dataset.load(prepared.dataset)
     if not len(dataset.targets["validation"].position):
         raise UserError("data: there is no validation target, and the best epoch is chosen on them; add data")
     check_model(experiment)
-    if not fresh:
-        check_claim(experiment, dataset.fingerprint)  # before a collaborative model is trained for it
-        if (bundle := pruned(experiment)) is not None:
-            return bundle
+    version = None if fresh else version_of(experiment, dataset.fingerprint)
+    if version is not None and version.is_complete:
+        say(f"{version} is trained already, with this config on these data; --fresh trains another version")
+        return version
     connect()
     check_resources(experiment.cluster, experiment.cluster.fewest_workers)
-    if isinstance(experiment.recommender, LanguageModelConfig):
-        collaborative = None
-        if needs_rewards(experiment.objective):
-            collaborative = ensure_collaborative(experiment, prepared, say)
-        claim(experiment, dataset.fingerprint, fresh)
-        bundle = _fit_language_model(experiment, prepared, collaborative, say)
+    collaborative = None
+    if isinstance(experiment.recommender, LanguageModelConfig) and needs_rewards(experiment.objective):
+        collaborative = ensure_collaborative(experiment, prepared, say)
+    if version is None:
+        version = begin(experiment, prepared, say=say)
     else:
-        claim(experiment, dataset.fingerprint, fresh)
-        bundle = fit_collaborative(experiment, dataset, prepared, say)
-    write_report(experiment)
-    return bundle
+        say(f"{version} was begun before and goes on")
+    if isinstance(experiment.recommender, LanguageModelConfig):
+        _fit_language_model(experiment, version, prepared, collaborative, say)
+    else:
+        fit_collaborative(experiment, version, prepared, say)
+    write_report(experiment, version.directory, prepared)
+    return version
 
 
-def _fit_language_model(experiment: Experiment, prepared: Path, collaborative: Path | None, say: Say) -> Path:
-    log = experiment.run_dir / "train.log"
+def _fit_language_model(
+    experiment: Experiment, version: Version, prepared: Prepared, collaborative: Path | None, say: Say
+) -> None:
+    log = version.directory / LOG
     trainer = torch_trainer(experiment, prepared, log, collaborative=collaborative)
-    with tracked(experiment):
+    with tracked(experiment, version.directory):
         trained = run_to_best(trainer, log, say, TOO_LARGE)
-    return export(experiment, prepared, trained.checkpoint, trained.metrics, trained.history)
+    export(experiment, version, prepared, trained)
 
 
 def check_model(experiment: Experiment) -> None:
@@ -106,29 +105,27 @@ def backbone_layers(experiment: Experiment) -> int:
     return count_layers(experiment.backbone.path, experiment.backbone.revision)
 
 
-def export(
-    experiment: Experiment, prepared: Path, best: ray.train.Checkpoint, metrics: dict[str, Any], history: list[Any]
-) -> Path:
-    """Write the bundle of a checkpoint."""
+def export(experiment: Experiment, version: Version, prepared: Prepared, trained: Trained) -> None:
+    """Write the history and, last, the bundle of what was trained: with it the version is finished."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, which looks for a device and warns
-    space = ItemSpace.load(prepared / "items")
+    space = ItemSpace.load(prepared.items)
     backbone = starting_backbone(experiment, space)
     objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
-    with best.as_directory() as directory:
+    with trained.checkpoint.as_directory() as directory:
         checkpoint.read_weights(Path(directory), backbone.model, prefix="model.")
         objective.state = checkpoint.read_state(Path(directory))["state"].get("objective", {})
-    dataset = Dataset.load(prepared / "dataset")
+    dataset = Dataset.load(prepared.dataset)
     space.catalogue.popularity = dataset.popularity()
     manifest = Manifest(
-        name=experiment.name,
+        name=version.name,
+        version=version.number,
+        trained_until=dataset.trained_until(),
         search=experiment.search,
         temperature=objective.temperature,
         backbone=experiment.backbone.model_dump(mode="json"),
         objective=experiment.objective.model_dump(mode="json"),
         data_fingerprint=dataset.fingerprint,
-        metrics={name: float(metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")},
+        metrics=trained.selection,
     )
-    bundle = experiment.run_dir / "bundle"
-    Recommender(space, backbone, manifest).save(bundle)
-    (experiment.run_dir / "training.json").write_text(json.dumps(history, indent=2))
-    return bundle
+    write_json(version.directory / HISTORY, trained.history)
+    Recommender(space, backbone, manifest).save(version.bundle)

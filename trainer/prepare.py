@@ -2,76 +2,82 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from recommender.backbone.backbone import load_tokenizer
+from recommender.bundle import peek_manifest
 from recommender.catalogue.catalogue import Catalogue
-from recommender.files import replace_directory
+from recommender.config import PresetBackbone
+from recommender.files import digest, read_json, sha256, write_json
 from recommender.items.item_space import ItemSpace
 from recommender.recommender import language_model_manifest
 from trainer.config import LanguageModelConfig
 from trainer.data.config import DataConfig, InteractionsData
-from trainer.data.dataset import Dataset, prepare_dataset
+from trainer.data.dataset import prepare_dataset
 from trainer.experiment import Experiment
-from trainer.run import check_claim
-from trainer.world.simulator import simulate
+from trainer.parts import SPELLING, Prepared, Say, make_part
+from trainer.world.simulator import WORLD, simulate
 
-Say = Callable[[str], None]
+_SPELLING_VERSION = 1
 
 
-def prepare(experiment: Experiment, say: Say = print, fresh: bool = False) -> Path:
-    """Simulate if asked to, read and split the data, spell the catalogue.
-
-    Args:
-        fresh: replace what was prepared even where a run of another config was trained on it.
-
-    Returns:
-        `<run>/prepared`, with `dataset/` and, for a language model, `items/`. Each is complete or absent.
+def prepare(experiment: Experiment, say: Say = print) -> Prepared:
+    """Simulate if asked to, read and split the data, spell the catalogue; what was made before is found again.
 
     Raises:
-        UserError: a mistake in the data, or the run's directory belongs to another config.
+        UserError: a mistake in the data.
     """
-    if not fresh:
-        check_claim(experiment)
-    prepared = experiment.run_dir / "prepared"
-    prepared.mkdir(parents=True, exist_ok=True)
-    dataset = prepare_dataset(source_of(experiment, say), prepared / "dataset", progress=say)
+    world = None if experiment.world is None else world_of(experiment)
+    dataset = prepare_dataset(source_of(experiment, say), experiment.parts / "datasets", progress=say)
     if not len(dataset.targets["validation"].position):
         say("note: there is no validation target, and `ilrec train` needs some to choose the best epoch; add data")
     if not isinstance(experiment.recommender, LanguageModelConfig):
-        return prepared  # a collaborative model knows items by their numbers
-    space = item_space(experiment, dataset)
-    dataset.add_stats(spelling_stats(space))
-    aside = Path(tempfile.mkdtemp(prefix=".items-", dir=prepared))
-    try:
+        return Prepared(dataset.path, None, world)
+    catalogue = Catalogue(dataset.item_ids, dataset.titles, dataset.items_table)
+    made_of = [experiment.identifier.model_dump(mode="json"), experiment.prompt.model_dump(mode="json")]
+    name = digest(_SPELLING_VERSION, dataset.fingerprint, *made_of, _tokenizer_name(experiment, catalogue))
+    directory = experiment.parts / "items" / name
+
+    def write(aside: Path) -> None:
+        space = item_space(experiment, catalogue)
         space.save(aside)
-        replace_directory(aside, prepared / "items")
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    say(f"spelled {len(space.catalogue)} items in {np.diff(space.identifiers.offsets).mean():.1f} tokens each")
-    return prepared
+        write_json(aside / SPELLING, spelling_stats(space))
+
+    make_part(directory, SPELLING, write, say)
+    tokens = read_json(directory / SPELLING)["tokens_per_item"]
+    say(f"items: {len(catalogue)} are spelled in {tokens:.1f} tokens each")
+    return Prepared(dataset.path, directory, world)
 
 
 def source_of(experiment: Experiment, say: Say) -> DataConfig:
     """The experiment's data; a simulated world is generated first, unless it is there already."""
     if experiment.data is not None:
         return experiment.data
-    assert experiment.world is not None
-    world = experiment.run_dir / "world"
-    simulate(experiment.world, world, say)
+    config = experiment.world
+    assert config is not None
+    world = world_of(experiment)
+
+    def write(aside: Path) -> None:
+        simulate(config, aside, say)
+
+    make_part(world, WORLD, write, say)
     return InteractionsData(
         format="interactions", interactions=str(world / "interactions.csv.gz"), items=str(world / "items.jsonl.gz")
     )
 
 
-def item_space(experiment: Experiment, dataset: Dataset) -> ItemSpace:
-    """Spell the dataset's catalogue with the tokenizer of the backbone, or of the bundle that training starts from."""
-    catalogue = Catalogue(dataset.item_ids, dataset.titles, dataset.items_table)
+def world_of(experiment: Experiment) -> Path:
+    """Where the experiment's simulated world lies."""
+    assert experiment.world is not None
+    return experiment.parts / "worlds" / digest(experiment.world.model_dump(mode="json"))
+
+
+def item_space(experiment: Experiment, catalogue: Catalogue) -> ItemSpace:
+    """Spell a catalogue with the tokenizer of the backbone, or of the bundle that training starts from."""
     if experiment.init_from is not None:
         bundle = Path(experiment.init_from)
         language_model_manifest(bundle)
@@ -79,6 +85,17 @@ def item_space(experiment: Experiment, dataset: Dataset) -> ItemSpace:
     else:
         tokenizer = load_tokenizer(experiment.backbone, catalogue.titles)
     return ItemSpace.build(catalogue, tokenizer, experiment.identifier, experiment.prompt)
+
+
+def _tokenizer_name(experiment: Experiment, catalogue: Catalogue) -> Any:
+    """What tells the tokenizer from others: where it comes from, or its content."""
+    if experiment.init_from is not None:
+        return {"bundle": peek_manifest(Path(experiment.init_from)).checksum}
+    if isinstance(experiment.backbone, PresetBackbone):
+        return {"vocabulary": experiment.backbone.vocabulary}  # trained on the dataset's titles
+    with tempfile.TemporaryDirectory() as directory:
+        load_tokenizer(experiment.backbone, catalogue.titles).save_pretrained(directory)
+        return {path.name: sha256(path) for path in sorted(Path(directory).iterdir())}
 
 
 def spelling_stats(space: ItemSpace) -> dict[str, float]:

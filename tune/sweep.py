@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ray.tune.search.basic_variant import BasicVariantGenerator
 from objectives.config import ILRecConfig, needs_rewards
 from recommender.config import PresetBackbone
 from recommender.errors import UserError
+from recommender.models import Version
 from trainer.cluster import check_resources, connect
 from trainer.collaborative.fit import ensure_collaborative, export_collaborative
 from trainer.config import ClusterConfig, LanguageModelConfig
@@ -25,8 +25,9 @@ from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.fit import backbone_layers, check_model, export
 from trainer.loop.launch import Trained, best_checkpoint, following
-from trainer.prepare import Say, prepare
-from trainer.run import SWEEP, check_claim, claim
+from trainer.parts import Prepared, Say
+from trainer.prepare import prepare
+from trainer.run import BEST, CHECKPOINTS, SWEEP, begin, version_of
 from trainer.sweep_config import Choice, Grid, LogUniform, Parameter, SweepConfig
 from tune.files import LOG, TRIALS
 from tune.progress import METRIC, Progress
@@ -37,48 +38,45 @@ from tune.space import check_sweep, epochs_of, trial_experiment
 from tune.trial import Farewell, trainable
 
 
-def sweep(experiment: Experiment, say: Say = print, fresh: bool = False) -> Path:
+def sweep(experiment: Experiment, say: Say = print, fresh: bool = False) -> Version:
     """Train the sweep's trials on Ray, export the best one's best checkpoint as a bundle, write a report.
 
     A sweep that was interrupted goes on when called again: finished trials are kept, others go on from their latest
-    checkpoint, and failed ones are tried again.
+    checkpoint, and those that failed until then are tried again. A finished one is not repeated.
 
     Args:
-        fresh: start over, whatever an earlier sweep left.
+        fresh: begin a new version, whatever there is.
 
     Returns:
-        `<run>/bundle`. Beside it lie `best.yaml` and `tune/`.
+        The version of the model. Beside its bundle lie `best.yaml` and `tune/`.
 
     Raises:
-        UserError: the sweep cannot be run as it is written, the directory holds something else, the cluster is too
-            small, or no trial has finished an epoch.
+        UserError: the sweep cannot be run as it is written, the cluster is too small, or no trial has finished an
+            epoch.
     """
     config, corners = check_sweep(experiment)
     if config.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UserError("sweep.search: optuna is not installed; pip install 'ilrec[optuna]', or choose search: random")
-    run, directory = experiment.run_dir, experiment.run_dir / SWEEP
-    if (run / "ray").exists():
-        raise UserError(f"{run} holds a run of `ilrec train`; give the sweep another name (--set name=…)")
     rewarded = [corner for corner in corners if _takes_rewards(corner)]
-    check_model((rewarded or [experiment])[0])
+    owner = (rewarded or [experiment])[0]
+    check_model(owner)
     _check_layers(experiment, corners)
-    owner = _placed((rewarded or [experiment])[0], SWEEP, run)
-    if not fresh:
-        check_claim(owner, sweep=config)
 
-    prepared = prepare(experiment, say, fresh=True)  # this directory is a sweep's, as was just checked
-    dataset = Dataset.load(prepared / "dataset")
+    prepared = prepare(experiment, say)
+    dataset = Dataset.load(prepared.dataset)
     if not len(dataset.targets["validation"].position):
         raise UserError("data: there is no validation target, and the best trial is chosen on them; add data")
-    if not fresh:
-        check_claim(owner, dataset.fingerprint, config)
+    version = None if fresh else version_of(owner, dataset.fingerprint, config)
+    if version is not None and version.is_complete:
+        say(f"{version} is a finished sweep, of this config on these data; --fresh begins another version")
+        return version
     connect()
     concurrent = concurrency(experiment.cluster, config)
     collaborative = ensure_collaborative(rewarded[0], prepared, say) if rewarded else None
-    if fresh:
-        _remove(run)
-    claim(owner, dataset.fingerprint, False, config)
+    version = version or begin(owner, prepared, config, say)
 
+    directory = version.directory / SWEEP
+    directory.mkdir(exist_ok=True)
     epochs = max(map(epochs_of, corners))
     say(f"{config.total} trials, {concurrent} at once, of at most {epochs} epochs each")
     trial = trainable(experiment, directory / TRIALS, prepared, collaborative)
@@ -88,7 +86,8 @@ def sweep(experiment: Experiment, say: Say = print, fresh: bool = False) -> Path
     except KeyboardInterrupt:
         say("interrupted; the same command goes on")
         raise
-    return _conclude(experiment, prepared, read_trials(experiment, results, directory), say)
+    _conclude(experiment, version, prepared, read_trials(experiment, results, directory), say)
+    return version
 
 
 def _check_layers(experiment: Experiment, corners: list[Experiment]) -> None:
@@ -183,36 +182,24 @@ def _name(trial: Any) -> str:
     return str(trial.trial_id)
 
 
-def _conclude(experiment: Experiment, prepared: Path, trials: list[Trial], say: Say) -> Path:
-    """Write what the sweep found: the trials, the report, the best one's config and bundle."""
-    run, directory = experiment.run_dir, experiment.run_dir / SWEEP
+def _conclude(experiment: Experiment, version: Version, prepared: Prepared, trials: list[Trial], say: Say) -> None:
+    """Write what the sweep found: the trials, the report, the best one's config and, last, its bundle."""
+    directory = version.directory / SWEEP
     failed = [trial for trial in trials if trial.outcome == "failed"]
     if failed:
-        say(f"{len(failed)} of {len(trials)} trials failed; the same command tries them again")
+        say(f"{len(failed)} of {len(trials)} trials failed, see {directory / 'report.html'}; --fresh tries all again")
     write_trials(trials, directory / "trials.json")
     best = best_of(trials)
     write_report(experiment.name, trials, directory / "report.html")
-    write_best(experiment, best, len(trials), run / "best.yaml")
+    write_best(experiment, best, len(trials), version.directory / BEST)
     trained = trial_experiment(experiment, best.parameters)
-    checkpoint, metrics = best_checkpoint(ray.train.Result.from_path(directory / TRIALS / best.name / "ray"))
+    checkpoint, metrics = best_checkpoint(ray.train.Result.from_path(directory / TRIALS / best.name / CHECKPOINTS))
+    found = Trained(checkpoint, metrics, best.history)
     if isinstance(trained.recommender, LanguageModelConfig):
-        return export(trained, prepared, checkpoint, metrics, best.history)
-    dataset = Dataset.load(prepared / "dataset")
-    return export_collaborative(trained, dataset, Trained(checkpoint, metrics, best.history))
+        export(trained, version, prepared, found)
+    else:
+        export_collaborative(trained, version, prepared, found)
 
 
 def _takes_rewards(experiment: Experiment) -> bool:
     return isinstance(experiment.recommender, LanguageModelConfig) and needs_rewards(experiment.objective)
-
-
-def _remove(run: Path) -> None:
-    for left in (SWEEP, "bundle", "evaluation"):
-        shutil.rmtree(run / left, ignore_errors=True)
-    for file in ("best.yaml", "training.json"):
-        (run / file).unlink(missing_ok=True)
-
-
-def _placed(experiment: Experiment, name: str, storage: Path) -> Experiment:
-    """The same experiment with its run elsewhere: in <storage>/<name>."""
-    cluster = experiment.cluster.model_copy(update={"storage": str(storage)})
-    return experiment.model_copy(update={"name": name, "cluster": cluster})

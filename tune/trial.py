@@ -20,8 +20,10 @@ from trainer.config import LanguageModelConfig
 from trainer.experiment import Experiment
 from trainer.loop import worker
 from trainer.loop.launch import run_to_best, torch_trainer
+from trainer.parts import Prepared
 from trainer.reporting.tracking import tracked
 from trainer.run import FAILURE
+from trainer.run import LOG as RUN_LOG
 from tune.callbacks import EpochReports, StopOnRequest
 from tune.files import FAILED, FINISHED, PARAMETERS, STOP
 from tune.space import trial_experiment
@@ -31,19 +33,19 @@ _STOP_SECONDS = 30  # for a job to let go of its workers
 _is_over = threading.Event()
 
 
-def trainable(experiment: Experiment, trials: Path, prepared: Path, collaborative: Path | None) -> Any:
+def trainable(experiment: Experiment, trials: Path, prepared: Prepared, collaborative: Path | None) -> Any:
     """What Tune runs for each trial.
 
     Args:
         trials: where their directories go.
-        prepared: what `ilrec prepare` wrote.
+        prepared: where the data lie.
         collaborative: the bundle that rewards come from; trials that need none do not read it.
     """
     run = partial(
         run_trial,
         experiment=experiment.model_dump_json(),
         trials=str(trials),
-        prepared=str(prepared),
+        prepared=prepared,
         collaborative=None if collaborative is None else str(collaborative),
     )
 
@@ -56,7 +58,7 @@ def trainable(experiment: Experiment, trials: Path, prepared: Path, collaborativ
 
 
 def run_trial(
-    parameters: dict[str, Any], experiment: str, trials: str, prepared: str, collaborative: str | None
+    parameters: dict[str, Any], experiment: str, trials: str, prepared: Prepared, collaborative: str | None
 ) -> None:
     """Train with some values, in `<trials>/<trial>`; go on from the latest checkpoint if the trial was begun before.
 
@@ -72,7 +74,7 @@ def run_trial(
     try:
         if not (directory / FINISHED).exists():
             trial = trial_experiment(Experiment.model_validate_json(experiment), parameters)
-            history = _train(trial, directory, Path(prepared), Path(collaborative) if collaborative else None)
+            history = _train(trial, directory, prepared, Path(collaborative) if collaborative else None)
             (directory / FINISHED).write_text(json.dumps(history, indent=2))
     except Exception as error:
         (directory / FAILED).write_text(str(error))
@@ -119,10 +121,10 @@ class Farewell(tune.Callback):
             time.sleep(0.1)
 
 
-def _train(trial: Experiment, directory: Path, prepared: Path, collaborative: Path | None) -> list[Any]:
-    place = trial.cluster.model_copy(update={"storage": str(directory.parent), "min_workers": None})  # room is planned
-    trial = trial.model_copy(update={"name": directory.name, "cluster": place})
-    log = trial.run_dir / "train.log"
+def _train(trial: Experiment, directory: Path, prepared: Prepared, collaborative: Path | None) -> list[Any]:
+    cluster = trial.cluster.model_copy(update={"min_workers": None})  # room is planned
+    trial = trial.model_copy(update={"name": f"{trial.name}-{directory.name}", "cluster": cluster})
+    log = directory / RUN_LOG
     if isinstance(trial.recommender, LanguageModelConfig):
         rewards = collaborative if needs_rewards(trial.objective) else None
         loop, too_large = worker.train_worker, worker.TOO_LARGE
@@ -130,7 +132,7 @@ def _train(trial: Experiment, directory: Path, prepared: Path, collaborative: Pa
         rewards, loop, too_large = None, collaborative_worker.train_worker, collaborative_worker.TOO_LARGE
     callbacks = [EpochReports(), StopOnRequest(directory / STOP)]
     job = torch_trainer(trial, prepared, log, loop, rewards, callbacks)
-    with tracked(trial):
+    with tracked(trial, directory):
         try:
             return run_to_best(job, log, lambda line: None, too_large).history
         except Exception:  # of which kind depends on what the end interrupted

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from recommender.backbone.attention import route_attention
 from recommender.config import PRESETS, BackboneConfig, LoraConfig, PresetBackbone
 from recommender.errors import UserError
+from recommender.models import base_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -308,7 +309,7 @@ def _read_config(path: str, revision: str | None) -> PretrainedConfig:
     if adapter.exists():
         import json
 
-        path = json.loads(adapter.read_text())["base_model_name_or_path"]
+        path = base_of(adapter.parent, json.loads(adapter.read_text())["base_model_name_or_path"])
     try:
         config: Any = AutoConfig.from_pretrained(path, revision=revision)
         config.num_hidden_layers  # noqa: B018  (of a language model)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -10,10 +8,11 @@ from recommender.items.item_space import ItemSpace
 from trainer.data.dataset import Dataset
 from trainer.evaluation.ranking import held_out
 from trainer.experiment import Experiment
+from trainer.parts import Prepared
 
 
-def test_wholes_are_extrapolated(tiny_prepared: Path, tiny_experiment: Experiment) -> None:
-    dataset, space = Dataset.load(tiny_prepared / "dataset"), ItemSpace.load(tiny_prepared / "items")
+def test_wholes_are_extrapolated(tiny_prepared: Prepared, tiny_experiment: Experiment) -> None:
+    dataset, space = Dataset.load(tiny_prepared.dataset), ItemSpace.load(tiny_prepared.items)
     targets, whole = held_out(dataset, "test", 6), len(dataset.targets["test"].position)
     made = evaluation.evaluations(tiny_experiment, space, targets, whole, [4])
     made += evaluation.epochs(tiny_experiment, dataset, space, 2)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,7 @@ from trainer.config import TrainingConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.loop.rows import TrainingRows
+from trainer.parts import Prepared
 
 PROMPTS = [
     PromptConfig(history=8),
@@ -24,24 +23,24 @@ TRAINING = TrainingConfig(batch_tokens=700)
 
 
 @pytest.fixture(scope="module")
-def dataset(tiny_prepared: Path) -> Dataset:
-    return packing.sample_of_users(Dataset.load(tiny_prepared / "dataset"), 20)
+def dataset(tiny_prepared: Prepared) -> Dataset:
+    return packing.sample_of_users(Dataset.load(tiny_prepared.dataset), 20)
 
 
-def spelled(prepared: Path, prompt: PromptConfig) -> ItemSpace:
-    space = ItemSpace.load(prepared / "items")
+def spelled(prepared: Prepared, prompt: PromptConfig) -> ItemSpace:
+    space = ItemSpace.load(prepared.items)
     return ItemSpace.build(space.catalogue, space.tokenizer, space.identifier_config, prompt)
 
 
-def test_a_sample_of_users_has_all_their_targets(dataset: Dataset, tiny_prepared: Path) -> None:
-    whole, few = Dataset.load(tiny_prepared / "dataset").targets["train"], dataset.targets["train"]
+def test_a_sample_of_users_has_all_their_targets(dataset: Dataset, tiny_prepared: Prepared) -> None:
+    whole, few = Dataset.load(tiny_prepared.dataset).targets["train"], dataset.targets["train"]
     chosen = np.unique(few.sequence)
     assert len(chosen) == 20
     assert len(few) == np.isin(whole.sequence, chosen).sum()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["compact", "products", "own"])
-def test_plain_rows_are_prompts_and_responses(dataset: Dataset, tiny_prepared: Path, prompt: PromptConfig) -> None:
+def test_plain_rows_are_prompts_and_responses(dataset: Dataset, tiny_prepared: Prepared, prompt: PromptConfig) -> None:
     space = spelled(tiny_prepared, prompt)
     rows = packing.PlainRows(TrainingRows(dataset, space, packing.under(TRAINING, "sliding"), branching_only=False))
     found = sorted((features["input_ids"], features["labels"]) for features in map(packing.features, rows))
@@ -63,7 +62,7 @@ def test_padding() -> None:
 
 @pytest.mark.parametrize("prompt", PROMPTS[:2], ids=["compact", "products"])
 def test_all_contenders_have_the_same_targets_and_the_same_first_loss(
-    dataset: Dataset, tiny_prepared: Path, tiny_experiment: Experiment, prompt: PromptConfig
+    dataset: Dataset, tiny_prepared: Prepared, tiny_experiment: Experiment, prompt: PromptConfig
 ) -> None:
     space = spelled(tiny_prepared, prompt)
     backbone = load_backbone(tiny_experiment.backbone, space.tokenizer, seed=1)
@@ -83,7 +82,7 @@ def test_all_contenders_have_the_same_targets_and_the_same_first_loss(
 
 
 def test_without_its_mask_a_batch_has_the_same_tokens(
-    dataset: Dataset, tiny_prepared: Path, tiny_experiment: Experiment
+    dataset: Dataset, tiny_prepared: Prepared, tiny_experiment: Experiment
 ) -> None:
     from trainer.loop.worker import micro_batch
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,16 +14,17 @@ from trainer.experiment import Experiment
 from trainer.loop import worker
 from trainer.loop.module import TrainedModel
 from trainer.loop.rows import TrainingRows
+from trainer.parts import Prepared
 
 
 def test_operations_belong_to_the_part_that_they_are_called_in(
-    tiny_experiment: Experiment, tiny_prepared: Path
+    tiny_experiment: Experiment, tiny_prepared: Prepared
 ) -> None:
-    space = ItemSpace.load(tiny_prepared / "items")
+    space = ItemSpace.load(tiny_prepared.items)
     backbone = worker.starting_backbone(tiny_experiment, space)
     objective = build_objective(tiny_experiment.objective, backbone.num_layers, space.trie)
     module = TrainedModel(backbone, objective, space.trie, dropout=0.1)
-    rows = TrainingRows(Dataset.load(tiny_prepared / "dataset"), space, tiny_experiment.training, False)
+    rows = TrainingRows(Dataset.load(tiny_prepared.dataset), space, tiny_experiment.training, False)
     engine = SimpleNamespace(step=lambda: [parameter.grad.square_() for parameter in module.parameters()])
 
     def run() -> None:

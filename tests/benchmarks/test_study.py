@@ -21,6 +21,7 @@ from benchmarks.statistics import paired_difference
 from benchmarks.study import conduct
 from recommender.errors import UserError
 from recommender.metrics import metric_values
+from tests.versions import directory_of
 from trainer.experiment import load_experiment
 
 STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.yaml"))
@@ -77,7 +78,7 @@ class Pretence:
     def __call__(self, arguments: Sequence[str], log: Path) -> Ended:
         verb, base, *overrides = arguments
         experiment = load_experiment(base, [text for text in overrides if text != "--set"])
-        name, run = experiment.name, experiment.run_dir
+        name, run = experiment.name, directory_of(experiment)
         self.commands.append((verb, name))
         with log.open("a") as file:
             file.write(f"this is the log of {verb}\n")

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from recommender import golden
-from recommender.backbone.backbone import Backbone
+from recommender.backbone.backbone import Backbone, count_layers
 from recommender.backbone.bases import Bases
 from recommender.bundle import Manifest, read_manifest, write_bundle
 from recommender.catalogue.catalogue import Catalogue
@@ -157,7 +157,7 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path, made: bool) -> None:
     directory = tmp_path / "elsewhere"
     if made:
         directory.mkdir()
-    with pytest.raises(UserError, match=r"elsewhere: not a bundle .* `ilrec train` writes one"):
+    with pytest.raises(UserError, match=r"elsewhere: not a bundle .* `ilrec models list` shows"):
         Recommender.load(directory)
 
 
@@ -167,26 +167,21 @@ def test_a_file_is_no_bundle(tmp_path: Path) -> None:
         Recommender.load(tmp_path / "file")
 
 
-def test_a_bundle_is_replaced_whole_or_not_at_all(copy: Path) -> None:
-    before = answers(copy)
-
+def test_a_bundle_is_complete_or_absent(tiny_bundle: Path, tmp_path: Path) -> None:
     def breaks_off(aside: Path) -> None:
         (aside / "config.json").write_text("{}")
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="the disk is full"):
-        write_bundle(copy, Manifest(name="new"), breaks_off)
-    assert answers(copy) == before
-    assert [path.name for path in copy.parent.iterdir()] == ["copy"]  # nothing is left beside it
-
-    Recommender(ItemSpace.load(copy), Recommender.load(copy).backbone, Manifest(name="new")).save(copy)
-    assert read_manifest(copy).name == "new"
-    assert answers(copy) == before
-    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+        write_bundle(tmp_path / "new", Manifest(name="new"), breaks_off)
+    assert not list(tmp_path.iterdir())
+    Recommender.load(tiny_bundle).save(tmp_path / "new")
+    assert answers(tmp_path / "new") == answers(tiny_bundle)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
-def test_search_settings_are_saved_and_may_be_replaced(copy: Path) -> None:
-    recommender = Recommender.load(copy)
+def test_search_settings_are_saved_and_may_be_replaced(tiny_bundle: Path, tmp_path: Path) -> None:
+    recommender, copy = Recommender.load(tiny_bundle), tmp_path / "copy"
     beam = recommender.manifest.model_copy(update={"search": SearchConfig(mode="beam", width=1)})
     Recommender(recommender.space, recommender.backbone, beam).save(copy)
     assert Recommender.load(copy).manifest.search.width == 1
@@ -284,26 +279,29 @@ def test_adapters_over_an_adapter_bundle_are_refused(adapted: Path) -> None:
         starting_point(adapted, LoraConfig(rank=2), torch.float32)
 
 
-def test_the_base_of_an_adapter_bundle_is_missing(tiny_bundle: Path, tmp_path: Path) -> None:
-    base = shutil.copytree(tiny_bundle, tmp_path / "base")
-    adapted = adapted_bundle(base, tmp_path / "adapted", seed=1)
-    shutil.rmtree(base)
-    with pytest.raises(UserError, match=r"adapted: its adapter belongs to the base .*base, which cannot be loaded"):
-        Recommender.load(adapted)
-    with pytest.raises(UserError, match=r"adapted: its adapter belongs to the base .*base, which cannot be loaded"):
-        merge_adapter(adapted, tmp_path / "merged")
-
-
-def test_the_base_of_an_adapter_bundle_was_trained_again(tiny_bundle: Path, tmp_path: Path) -> None:
-    base = shutil.copytree(tiny_bundle, tmp_path / "base")
-    adapted = adapted_bundle(base, tmp_path / "adapted", seed=1)
-    recommender = Recommender.load(base)
-    with torch.no_grad():
-        next(recommender.backbone.model.parameters()).add_(0.1)
-    recommender.save(base)
+@pytest.mark.parametrize("again", [False, True])
+def test_the_base_of_an_adapter_bundle_is_missing(copy: Path, tmp_path: Path, again: bool) -> None:
+    adapted = adapted_bundle(copy, tmp_path / "adapted", seed=1)
+    recommender = Recommender.load(copy)
+    shutil.rmtree(copy)
+    if again:  # trained again, so that other weights lie where its base was
+        with torch.no_grad():
+            next(recommender.backbone.model.parameters()).add_(0.1)
+        recommender.save(copy)
     for use in (Recommender.load, lambda bundle: merge_adapter(bundle, tmp_path / "merged")):
-        with pytest.raises(UserError, match=rf"{adapted}: its adapter was trained on other weights than {base}"):
+        with pytest.raises(UserError, match=rf"{adapted}: the bundle under its adapter, once {copy}, is not there any"):
             use(adapted)
+
+
+def test_an_adapter_is_opened_over_its_base_wherever_that_is_now(copy: Path, tmp_path: Path) -> None:
+    adapted = adapted_bundle(copy, tmp_path / "adapted", seed=1)
+    expected = answers(adapted)
+    moved = shutil.move(copy, tmp_path / "moved")
+    assert answers(adapted) == expected
+    assert count_layers(str(adapted), None) == count_layers(moved, None)
+    Recommender.load(adapted).save(tmp_path / "again")  # and what is saved from it knows its base
+    assert read_manifest(tmp_path / "again").base == read_manifest(adapted).base
+    assert answers(tmp_path / "again") == expected
 
 
 def test_there_is_no_adapter_to_merge(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -367,6 +365,7 @@ def test_a_base_that_was_written_again_is_loaded_again(tiny_bundle: Path, copy: 
     before = Recommender.load(copy, bases=bases)
     assert _weights(Recommender.load(copy, bases=bases)) == _weights(before)
     assert not _weights(Recommender.load(tiny_bundle, bases=bases)).keys() & _weights(before).keys()
+    shutil.rmtree(copy)
     before.save(copy)
     after = Recommender.load(copy, bases=bases)
     assert not _weights(after).keys() & _weights(before).keys()

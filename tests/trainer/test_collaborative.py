@@ -31,6 +31,7 @@ from recommender.collaborative.config import (
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model, load_model
 from recommender.errors import UserError
 from recommender.metrics import metric_values, popularity_ranks
+from tests.versions import directory_of
 from trainer.collaborative import fit as collaborative
 from trainer.collaborative import worker as collaborative_worker
 from trainer.collaborative.fit import ensure_collaborative
@@ -43,6 +44,7 @@ from trainer.evaluation.ranking import held_out
 from trainer.experiment import Experiment, load_experiment
 from trainer.fit import train
 from trainer.loop import preemption
+from trainer.parts import Prepared
 from trainer.prepare import prepare
 
 EPOCHS = 3
@@ -145,9 +147,9 @@ def alone() -> Iterator[None]:
         yield
 
 
-def run_alone(experiment: Experiment, prepared: Path, directory: Path) -> dict[str, Any]:
+def run_alone(experiment: Experiment, prepared: Prepared, directory: Path) -> dict[str, Any]:
     with alone():
-        return run_case(experiment.model_dump_json(), str(prepared), str(directory))
+        return run_case(experiment.model_dump_json(), prepared, str(directory))
 
 
 # ---- The launches ----------------------------------------------------------------------------------------------------
@@ -168,25 +170,25 @@ def with_worker(worker: Callable[..., Any], function: Callable[[], Any]) -> Any:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: None, experiment: Experiment, tiny_prepared: Path) -> Experiment:
+def undisturbed(ray_cluster: None, experiment: Experiment, tiny_prepared: Prepared) -> Experiment:
     """Two workers train an epoch of each model, then one model as `ilrec train` does."""
     run = training(experiment, WHOLE, name="undisturbed")
     cases = [
         {
             "experiment": training(experiment, config).model_dump_json(),
-            "prepared": str(tiny_prepared),
-            "directory": str(run.run_dir.parent / "two" / kind),
+            "prepared": tiny_prepared,
+            "directory": str(run.storage / "two" / kind),
         }
         for kind, config in CONFIGS.items()
     ]
-    (run.run_dir.parent / "two").mkdir()
-    bundle = with_worker(partial(many_cases, cases=cases), lambda: train(run, tiny_prepared, quiet))
-    assert bundle == run.run_dir / "bundle"
+    (run.storage / "two").mkdir()
+    version = with_worker(partial(many_cases, cases=cases), lambda: train(run, tiny_prepared, quiet))
+    assert version.directory == directory_of(run)
     return run
 
 
 @pytest.fixture(scope="module")
-def ensured(ray_cluster: None, experiment: Experiment, tiny_prepared: Path) -> tuple[Path, list[str]]:
+def ensured(ray_cluster: None, experiment: Experiment, tiny_prepared: Prepared) -> tuple[Path, list[str]]:
     """The same model for an objective: killed in its third epoch, asked for again. The bundle and what was said."""
     run = experiment.model_copy(update={"name": "language-model"})
     with pytest.raises(Exception, match="failed"):
@@ -208,11 +210,11 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_one_worker_and_two_learn_the_same(
-    undisturbed: Experiment, experiment: Experiment, tiny_prepared: Path, tmp_path: Path, kind: str
+    undisturbed: Experiment, experiment: Experiment, tiny_prepared: Prepared, tmp_path: Path, kind: str
 ) -> None:
     config = CONFIGS[kind]
     assert run_alone(training(experiment, config), tiny_prepared, tmp_path / "one")["error"] is None
-    one, two = tmp_path / "one" / "epoch-1", undisturbed.run_dir.parent / "two" / kind / "epoch-1"
+    one, two = tmp_path / "one" / "epoch-1", undisturbed.storage / "two" / kind / "epoch-1"
     assert farthest(tensors(one), tensors(two)) < 1e-5
     assert curve(one)[0] == pytest.approx(curve(two)[0], abs=1e-5)
     torch.manual_seed(config.seed)
@@ -225,34 +227,27 @@ def test_interrupted_and_resumed_equals_undisturbed(undisturbed: Experiment, ens
     bundle, said = ensured
     resumed = [line for line in said if "resumed after epoch" in line]  # 2, or 1 where Ray had not noted the second yet
     assert len(resumed) == 1, said
-    last = [of / "ray" / f"epoch-{EPOCHS:05d}" for of in (undisturbed.run_dir, bundle.parent)]
+    last = [of / "ray" / f"epoch-{EPOCHS:05d}" for of in (directory_of(undisturbed), bundle.parent)]
     assert farthest(*map(tensors, last)) == 0
     assert curve(last[0]) == curve(last[1])
     assert [epoch["step"] for epoch in curve(last[0])] == [STEPS, 2 * STEPS, 3 * STEPS]
 
 
 def test_the_best_epoch_is_exported_and_evaluates_as_it_was_selected(
-    undisturbed: Experiment, tiny_prepared: Path
+    undisturbed: Experiment, tiny_prepared: Prepared
 ) -> None:
     run = undisturbed
-    history = json.loads((run.run_dir / "training.json").read_text())
+    history = json.loads((directory_of(run) / "training.json").read_text())
     best = max(history, key=lambda epoch: epoch["validation_NDCG@10"])
-    recommender = CollaborativeRecommender.load(run.run_dir / "bundle")
+    recommender = CollaborativeRecommender.load(directory_of(run) / "bundle")
     manifest = recommender.manifest
     golden.check(recommender)
     assert recommender.catalogue.popularity is not None
-    assert recommender.catalogue.popularity.tolist() == Dataset.load(tiny_prepared / "dataset").popularity().tolist()
+    assert recommender.catalogue.popularity.tolist() == Dataset.load(tiny_prepared.dataset).popularity().tolist()
     assert manifest.metrics["validation_NDCG@10"] == best["validation_NDCG@10"]
     assert manifest.recommender == WHOLE.model_dump(mode="json")
-    report = evaluate(
-        run.run_dir / "bundle",
-        tiny_prepared / "dataset",
-        "validation",
-        run.run_dir / "evaluation",
-        run.evaluation,
-        run.cluster,
-        quiet,
-    )
+    bundle = directory_of(run) / "bundle"
+    report, _ = evaluate(bundle, tiny_prepared.dataset, "validation", run.evaluation, run.cluster, quiet)
     for name in ("HR@10", "NDCG@10"):
         assert manifest.metrics[f"validation_{name}"] == pytest.approx(report.metrics["model"][name], abs=1e-12)
     assert (report.exact_rate, report.invalid_rate, report.expansions) == (1, 0, 0)
@@ -260,13 +255,15 @@ def test_the_best_epoch_is_exported_and_evaluates_as_it_was_selected(
 
 
 @pytest.mark.usefixtures("no_launch")
-def test_what_is_there_is_reused(ensured: tuple[Path, list[str]], experiment: Experiment, tiny_prepared: Path) -> None:
+def test_what_is_there_is_reused(
+    ensured: tuple[Path, list[str]], experiment: Experiment, tiny_prepared: Prepared
+) -> None:
     bundle, _ = ensured
     other = experiment.model_copy(update={"name": "another", "training": experiment.training})
     assert ensure_collaborative(other, tiny_prepared, quiet) == bundle
     given = other.model_copy(update={"collaborative": CollaborativeBundle(path=str(bundle))})
     assert ensure_collaborative(given, tiny_prepared, quiet) == bundle
-    assert bundle.parent.parent.name == "collaborative"
+    assert bundle.parents[2].name == "collaborative"
     evaluation = experiment.evaluation.model_copy(update={"exclude_seen": False})
     selected_otherwise = other.model_copy(update={"evaluation": evaluation})
     with pytest.raises(pytest.fail.Exception, match="workers were started"):
@@ -274,18 +271,23 @@ def test_what_is_there_is_reused(ensured: tuple[Path, list[str]], experiment: Ex
 
 
 @pytest.mark.usefixtures("no_launch")
-def test_another_model_s_run_is_refused(undisturbed: Experiment, tiny_prepared: Path) -> None:
-    wider = training(undisturbed, WHOLE.model_copy(update={"dim": 32}))
-    with pytest.raises(UserError, match=r"holds a run of another config:\n  recommender\.dim: 16 → 32"):
-        train(wider, tiny_prepared, quiet)
-    with pytest.raises(UserError, match=r"recommender\.kind: 'sasrec' → 'language_model'"):
-        prepare(undisturbed.model_copy(update={"recommender": Experiment.model_fields["recommender"].default}), quiet)
-    with pytest.raises(pytest.fail.Exception, match="workers were started"):  # patience may change
-        train(training(undisturbed, WHOLE.model_copy(update={"patience": 9})), tiny_prepared, quiet)
+def test_another_config_is_another_version(undisturbed: Experiment, tiny_prepared: Prepared) -> None:
+    said: list[str] = []
+    for number, update in enumerate(({"dim": 32}, {"epochs": 9}), 2):
+        changed = training(undisturbed, WHOLE.model_copy(update=update))
+        with pytest.raises(pytest.fail.Exception, match="workers were started"):
+            train(changed, tiny_prepared, said.append)
+        assert changed.model.versions[-1].number == number
+    assert "  since undisturbed@1: recommender.dim: 16 → 32" in said
+    with pytest.raises(pytest.fail.Exception, match="workers were started"):  # what was begun goes on
+        train(changed, tiny_prepared, said.append)
+    assert said[-1] == "undisturbed@3 was begun before and goes on"
+    assert undisturbed.model.promoted == undisturbed.model.versions[0]
+    train(training(undisturbed, WHOLE.model_copy(update={"patience": 9})), tiny_prepared, quiet)  # may change
 
 
 def test_bundles_that_cannot_help_are_refused(
-    experiment: Experiment, tiny_prepared: Path, tiny_bundle: Path, tmp_path: Path
+    experiment: Experiment, tiny_prepared: Prepared, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     def given(bundle: Path) -> Experiment:
         return experiment.model_copy(update={"collaborative": CollaborativeBundle(path=str(bundle))})
@@ -296,7 +298,7 @@ def test_bundles_that_cannot_help_are_refused(
         ensure_collaborative(given(tmp_path / "nowhere"), tiny_prepared, quiet)
     with pytest.raises(UserError, match="null"):
         ensure_collaborative(experiment.model_copy(update={"collaborative": None}), tiny_prepared, quiet)
-    ids = Dataset.load(tiny_prepared / "dataset").item_ids
+    ids = Dataset.load(tiny_prepared.dataset).item_ids
     catalogue = Catalogue([*ids[1:], ids[0]], ["title"] * len(ids))  # the same items in another order
     manifest = Manifest(name="other", recommender={"kind": "sasrec"})
     model = build_model(CONFIGS["sasrec"], len(ids))
@@ -311,17 +313,18 @@ def test_bundles_that_cannot_help_are_refused(
 
 def test_preparing_for_a_collaborative_model_spells_nothing(experiment: Experiment) -> None:
     prepared = prepare(training(experiment, WHOLE, name="unspelled"), quiet)
-    assert [path.name for path in prepared.iterdir()] == ["dataset"]
+    assert prepared.spelled is None
+    assert not (experiment.parts / "items").exists()
 
 
-def test_early_stopping_stops(experiment: Experiment, tiny_prepared: Path, tmp_path: Path) -> None:
+def test_early_stopping_stops(experiment: Experiment, tiny_prepared: Prepared, tmp_path: Path) -> None:
     config = WHOLE.model_copy(update={"learning_rate": 1e-12, "patience": 2, "epochs": 9})
     run_alone(training(experiment, config), tiny_prepared, tmp_path / "stale")
     assert len(list((tmp_path / "stale").iterdir())) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(
-    experiment: Experiment, tiny_prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: Experiment, tiny_prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, made = collaborative_worker.build_model, []
 
@@ -428,7 +431,7 @@ def test_held_out_items_never_reach_a_model(
 ) -> None:
     """Items that occur in held-out positions alone are neither read nor predicted."""
     prepared = prepare(training(experiment, WHOLE, name="unspelled"), quiet)
-    dataset = Dataset.load(prepared / "dataset")
+    dataset = Dataset.load(prepared.dataset)
     train = dataset.targets["train"]
     last = np.zeros(len(dataset.users), np.int64)
     np.maximum.at(last, train.sequence, train.position)
@@ -488,7 +491,7 @@ def test_every_model_beats_most_popular(walked: tuple[Experiment, Path], tmp_pat
     config = CONFIGS[kind].model_copy(update=LEARNING)
     assert run_alone(training(run, config), prepared, tmp_path / kind)["error"] is None
     found = curve(tmp_path / kind / "epoch-18")[-1]
-    dataset = Dataset.load(prepared / "dataset")
+    dataset = Dataset.load(prepared.dataset)
     targets = held_out(dataset, "validation").targets
     popular = metric_values(popularity_ranks(dataset.popularity(), targets, None), [10])
     assert found["validation_HR@10"] > 0.95
@@ -497,6 +500,6 @@ def test_every_model_beats_most_popular(walked: tuple[Experiment, Path], tmp_pat
 
 
 def test_the_model_of_a_run_is_loaded_by_others(undisturbed: Experiment) -> None:
-    model = load_model(undisturbed.run_dir / "bundle")
+    model = load_model(directory_of(undisturbed) / "bundle")
     assert not model.training
     assert model.embed([np.array([1, 2])]).shape == (1, 16)

@@ -20,14 +20,16 @@ from trainer.config import ClusterConfig, EvaluationConfig
 from trainer.data.dataset import Dataset
 from trainer.evaluation.evaluation import Report, _RankingWorker, compare, evaluate
 from trainer.evaluation.ranking import HeldOut, held_out, ranks_of
+from trainer.evaluation.saved import Saved, latest
+from trainer.parts import Prepared
 
 K = 20
 BRUTE = range(4)  # targets that are ranked by brute force
 
 
 @pytest.fixture(scope="module")
-def dataset(tiny_prepared: Path) -> Dataset:
-    return Dataset.load(tiny_prepared / "dataset")
+def dataset(tiny_prepared: Prepared) -> Dataset:
+    return Dataset.load(tiny_prepared.dataset)
 
 
 @pytest.fixture(scope="module")
@@ -40,18 +42,38 @@ def force(tiny_bundle: Path) -> BruteForce:
     return BruteForce(tiny_bundle)
 
 
+CONFIG, CLUSTER = EvaluationConfig(batch=7, bootstrap=100, exclude_seen=True), ClusterConfig(workers=2)
+
+
 @pytest.fixture(scope="module")
-def report(ray_cluster: None, tiny_bundle: Path, tiny_prepared: Path, out: Path) -> Report:
+def evaluated(ray_cluster: None, tiny_bundle: Path, tiny_prepared: Prepared) -> tuple[Report, Saved]:
     """The test split on two workers in batches of 7."""
-    config = EvaluationConfig(batch=7, bootstrap=100, exclude_seen=True)
-    return evaluate(
-        tiny_bundle, tiny_prepared / "dataset", "test", out, config, ClusterConfig(workers=2), lambda text: None
-    )
+    return evaluate(tiny_bundle, tiny_prepared.dataset, "test", CONFIG, CLUSTER, lambda text: None)
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("evaluation")
+def report(evaluated: tuple[Report, Saved]) -> Report:
+    return evaluated[0]
+
+
+@pytest.fixture(scope="module")
+def saved(evaluated: tuple[Report, Saved]) -> Saved:
+    return evaluated[1]
+
+
+def test_the_same_evaluation_is_not_made_again_and_another_lies_beside(
+    report: Report, saved: Saved, tiny_bundle: Path, tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.evaluation.evaluation._rank", lambda *_: pytest.fail("ranked"))
+    said: list[str] = []
+    again, where = evaluate(tiny_bundle, tiny_prepared.dataset, "test", CONFIG, CLUSTER, said.append)
+    assert (where.directory, again.metrics, again.targets) == (saved.directory, report.metrics, report.targets)
+    assert "evaluated before" in said[-1]
+    assert latest(tiny_bundle.parent) == saved
+    seen = CONFIG.model_copy(update={"exclude_seen": False})
+    with pytest.raises(pytest.fail.Exception, match="ranked"):
+        evaluate(tiny_bundle, tiny_prepared.dataset, "test", seen, CLUSTER, said.append)
+    assert saved.report["metrics"] == report.metrics
 
 
 def test_held_out_targets_are_those_of_the_protocol(dataset: Dataset) -> None:
@@ -76,10 +98,10 @@ def test_a_sample_of_targets_is_seeded_and_keeps_their_order(dataset: Dataset) -
 
 @pytest.mark.parametrize("precision", [None, "bfloat16"])
 def test_weights_have_the_precision_that_is_asked_for(
-    tiny_bundle: Path, tiny_prepared: Path, monkeypatch: pytest.MonkeyPatch, precision: str | None
+    tiny_bundle: Path, tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch, precision: str | None
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    worker = _RankingWorker(str(tiny_bundle), str(tiny_prepared / "dataset"), "test", 8, "cpu", precision, None)
+    worker = _RankingWorker(str(tiny_bundle), str(tiny_prepared.dataset), "test", 8, "cpu", precision, None)
     assert isinstance(worker._recommender, Recommender)
     assert worker._recommender.backbone.dtype == (torch.bfloat16 if precision else torch.float32)
     assert worker.rank(np.arange(8), 10, True, 8).invalid == 0
@@ -138,9 +160,9 @@ def test_invalid_items_are_counted() -> None:
 
 
 def test_report_files_and_brute_force_agree(
-    report: Report, out: Path, dataset: Dataset, recommender: Recommender, force: BruteForce
+    report: Report, saved: Saved, dataset: Dataset, recommender: Recommender, force: BruteForce
 ) -> None:
-    table = pq.read_table(out / "test.parquet")
+    table = pq.read_table(saved.per_target)
     assert table["user_id"].to_pylist() == dataset.users
     split = held_out(dataset, "test")
     assert table["target_item_id"].to_pylist() == [dataset.item_ids[t] for t in split.targets]
@@ -149,29 +171,29 @@ def test_report_files_and_brute_force_agree(
     for at in BRUTE:
         rank = force.rank(split.histories[at], split.targets[at], set(split.histories[at].tolist()))
         assert ranks[at] == (rank if rank <= K else 0)
-    saved = json.loads((out / "test.json").read_text())
+    found = json.loads((saved.directory / "report.json").read_text())
     for system, column in (("model", ranks), ("most_popular", table["most_popular_rank"].to_pylist())):
         for cutoff in (1, 5, 10, 20):
             hits = [1 <= rank <= cutoff for rank in column]
             gains = [hit / math.log2(rank + 1) if hit else 0.0 for hit, rank in zip(hits, column, strict=True)]
             for name, values in ((f"HR@{cutoff}", hits), (f"NDCG@{cutoff}", gains)):
                 mean = sum(values) / len(values)
-                assert report.metrics[system][name] == saved["metrics"][system][name] == pytest.approx(mean)
+                assert report.metrics[system][name] == found["metrics"][system][name] == pytest.approx(mean)
                 low, high = report.intervals[system][name]
                 assert low <= mean <= high
-    assert report.targets == saved["targets"] == len(dataset.users)
+    assert report.targets == found["targets"] == len(dataset.users)
     assert report.invalid_rate == 0
     assert report.exact_rate == 1
     assert report.expansions > 0
 
 
-def test_most_popular_is_counted_on_what_training_sees(report: Report, out: Path, dataset: Dataset) -> None:
+def test_most_popular_is_counted_on_what_training_sees(report: Report, saved: Saved, dataset: Dataset) -> None:
     """Each user's items but the last two; bought items are not ranked; ties in catalogue order."""
     split = held_out(dataset, "test")
     counts = np.zeros(len(dataset.item_ids), int)
     for history in split.histories:
         np.add.at(counts, history[:-1], 1)
-    ranks = pq.read_table(out / "test.parquet")["most_popular_rank"].to_pylist()
+    ranks = pq.read_table(saved.per_target)["most_popular_rank"].to_pylist()
     for history, target, rank in zip(split.histories, split.targets, ranks, strict=True):
         left = [i for i in range(len(counts)) if i not in set(history.tolist())]
         assert rank == 1 + sorted(left, key=lambda i: (-counts[i], i)).index(target)
@@ -183,8 +205,8 @@ def test_difference_to_most_popular_is_paired(report: Report) -> None:
         assert low <= mean <= high
 
 
-def test_compare(report: Report, out: Path, tmp_path: Path) -> None:
-    mine = out / "test.parquet"
+def test_compare(report: Report, saved: Saved, tmp_path: Path) -> None:
+    mine = saved.per_target
     same = compare(mine, mine)
     assert same["difference"] == 0
     assert same["interval"] == (0, 0)
@@ -201,37 +223,37 @@ def test_compare(report: Report, out: Path, tmp_path: Path) -> None:
     assert hits["second"] == pytest.approx(report.metrics["model"]["HR@5"])
 
 
-def test_compare_refuses_other_targets(report: Report, out: Path, tmp_path: Path) -> None:
-    table = pq.read_table(out / "test.parquet")
+def test_compare_refuses_other_targets(report: Report, saved: Saved, tmp_path: Path) -> None:
+    table = pq.read_table(saved.per_target)
     pq.write_table(table.slice(1), tmp_path / "fewer.parquet")
     pq.write_table(table.take(list(range(len(table)))[::-1]), tmp_path / "turned.parquet")
     for name in ("fewer", "turned"):
         with pytest.raises(UserError, match="did not rank the same targets; evaluate both on the same split"):
-            compare(out / "test.parquet", tmp_path / f"{name}.parquet")
+            compare(saved.per_target, tmp_path / f"{name}.parquet")
 
 
-def test_compare_refuses_what_is_no_evaluation(report: Report, out: Path, tmp_path: Path) -> None:
+def test_compare_refuses_what_is_no_evaluation(report: Report, saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing\.parquet"):
-        compare(out / "test.parquet", tmp_path / "nothing.parquet")
+        compare(saved.per_target, tmp_path / "nothing.parquet")
     (tmp_path / "text.parquet").write_text("no")
     with pytest.raises(UserError, match=r"text\.parquet"):
-        compare(out / "test.parquet", tmp_path / "text.parquet")
+        compare(saved.per_target, tmp_path / "text.parquet")
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(UserError, match=r"other\.parquet"):
-        compare(out / "test.parquet", tmp_path / "other.parquet")
+        compare(saved.per_target, tmp_path / "other.parquet")
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_bundle_of_another_catalogue_is_refused(
-    tiny_bundle: Path, tiny_prepared: Path, tmp_path: Path, dataset: Dataset
+    tiny_bundle: Path, tiny_prepared: Prepared, tmp_path: Path, dataset: Dataset
 ) -> None:
     import shutil
 
-    other = shutil.copytree(tiny_prepared / "dataset", tmp_path / "dataset")
+    other = shutil.copytree(tiny_prepared.dataset, tmp_path / "dataset")
     table = pq.read_table(other / "items.parquet")
     ids = pa.array([f"x{i}" for i in range(len(table))])
     pq.write_table(table.set_column(table.column_names.index("item_id"), "item_id", ids), other / "items.parquet")
-    arguments = ("test", tmp_path / "out", EvaluationConfig(), ClusterConfig(workers=1), lambda text: None)
+    arguments = ("test", EvaluationConfig(), ClusterConfig(workers=1), lambda text: None)
     with pytest.raises(UserError, match="its catalogue is not the one of"):
         evaluate(tiny_bundle, other, *arguments)
     with pytest.raises(UserError, match="not a bundle"):

@@ -98,14 +98,15 @@ def test_titles_say_brand_kind_and_use(tmp_path: Path) -> None:
     assert len({item["title"] for item in items}) > 0.95 * len(items)
 
 
-def test_a_world_that_is_there_is_kept_and_another_config_replaces_it(tmp_path: Path) -> None:
+def test_a_world_that_is_there_is_kept(tmp_path: Path) -> None:
     first = simulate(small(), tmp_path / "world")
     before = {name: (tmp_path / "world" / name).stat().st_mtime_ns for name in FILES}
     assert simulate(small(), tmp_path / "world") == first
     assert {name: (tmp_path / "world" / name).stat().st_mtime_ns for name in FILES} == before
-    assert simulate(small(seed=1), tmp_path / "world") != first
-    simulate(small(seed=1), tmp_path / "fresh")
-    assert contents(tmp_path / "world") == contents(tmp_path / "fresh")
+    with pytest.raises(UserError, match="holds a world of another config, and is left as it is"):
+        simulate(small(seed=1), tmp_path / "world")
+    assert {name: (tmp_path / "world" / name).stat().st_mtime_ns for name in FILES} == before
+    assert simulate(small(seed=1), tmp_path / "other") != first
 
 
 @pytest.mark.parametrize("world_json", [None, "{", "[]", "{}"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from recommender.errors import UserError
 from recommender.loading import load_recommender
 from trainer.config import ClusterConfig
 from trainer.experiment import Experiment, load_experiment
-from trainer.fit import train
+from trainer.run import prepared_of, version_of
 from trainer.sweep_config import SweepConfig
 from tune.sweep import concurrency, sweep
 
@@ -49,7 +50,7 @@ def said() -> list[str]:
 @pytest.fixture(scope="module")
 def swept(ray_cluster: None, experiment: Experiment, said: list[str]) -> Path:
     """The directory of the finished sweep."""
-    return sweep(experiment, said.append).parent
+    return sweep(experiment, said.append).directory
 
 
 @pytest.fixture(scope="module")
@@ -115,35 +116,35 @@ def test_progress_is_said(swept: Path, said: list[str]) -> None:
     assert re.search(r"epoch 1, validation NDCG@10 0\.\d+; best so far .* min left", text)
 
 
-def test_a_finished_sweep_is_concluded_again_but_not_run(
+def test_a_finished_sweep_is_left_as_it_is_and_one_without_its_bundle_concluded_again(
     swept: Path, experiment: Experiment, trials: list[dict[str, Any]]
 ) -> None:
+    before = {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
+    said: list[str] = []
+    assert sweep(experiment, said.append).directory == swept
+    assert "sweep@1 is a finished sweep" in said[-1]
+    assert {path: path.stat().st_mtime_ns for path in swept.rglob("*")} == before
+
     logs = {path: path.read_text() for path in swept.glob("tune/ray/*/train.log")}
     (swept / "best.yaml").unlink()
+    shutil.rmtree(swept / "bundle")
     again: list[str] = []
-    sweep(experiment, again.append)
+    assert sweep(experiment, again.append).directory == swept
     assert not [line for line in again if "validation NDCG@10" in line]
     assert {path: path.read_text() for path in swept.glob("tune/ray/*/train.log")} == logs
     assert json.loads((swept / "tune" / "trials.json").read_text()) == trials
     assert (swept / "best.yaml").exists()
+    assert (swept / "bundle" / "recommender.json").exists()
 
 
-def test_a_changed_sweep_is_refused(swept: Path, experiment: Experiment) -> None:
+def test_another_sweep_or_a_training_is_another_version(swept: Path, experiment: Experiment) -> None:
+    """So nothing of the sweep is mixed with them; here only what tells them apart is asked."""
+    fingerprint = prepared_of(swept / "bundle").fingerprint
     assert experiment.sweep is not None
-    other = experiment.model_copy(update={"sweep": experiment.sweep.model_copy(update={"seed": 7})})
-    with pytest.raises(UserError, match=r"(?s)sweep\.seed: 0 → 7.*--fresh"):
-        sweep(other, lambda text: None)
-
-
-def test_a_sweep_and_a_training_run_do_not_share_a_directory(
-    swept: Path, experiment: Experiment, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"holds a sweep .* give this run another name"):
-        train(experiment, swept / "prepared", lambda text: None)
-    (tmp_path / "sweep" / "ray").mkdir(parents=True)
-    place = experiment.cluster.model_copy(update={"storage": str(tmp_path)})
-    with pytest.raises(UserError, match="holds a run of `ilrec train`"):
-        sweep(experiment.model_copy(update={"cluster": place}), lambda text: None)
+    owner = experiment.model_copy(update={"sweep": None})
+    assert version_of(owner, fingerprint, experiment.sweep) == experiment.model.versions[0]
+    assert version_of(owner, fingerprint, experiment.sweep.model_copy(update={"seed": 7})) is None
+    assert version_of(owner, fingerprint) is None
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -155,7 +156,7 @@ def test_optuna_draws_the_trials(experiment: Experiment) -> None:
         "recommender": {"kind": "bpr", "dim": 8, "epochs": 1},
         "sweep": {"parameters": draw, "trials": 2, "search": "optuna"},
     }
-    run = sweep(Experiment.model_validate(values), lambda text: None).parent
+    run = sweep(Experiment.model_validate(values), lambda text: None).directory
     found = json.loads((run / "tune" / "trials.json").read_text())
     assert [trial["outcome"] for trial in found] == ["finished"] * 2
     assert len({learning_rate(trial) for trial in found}) == 2

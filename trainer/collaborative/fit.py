@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 
 from recommender.bundle import LANGUAGE_MODEL, Manifest, read_manifest
@@ -11,22 +9,27 @@ from recommender.catalogue.catalogue import Catalogue
 from recommender.collaborative.config import CollaborativeConfig
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
 from recommender.errors import UserError
+from recommender.files import digest, write_json
+from recommender.lock import LOCK, locked
+from recommender.models import Model, Version
 from trainer.cluster import check_resources, connect
 from trainer.collaborative.worker import TOO_LARGE, load, train_worker
 from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
-from trainer.lock import LOCK, locked
 from trainer.loop.launch import Trained, run_to_best, torch_trainer
-from trainer.prepare import Say
+from trainer.parts import Prepared, Say
 from trainer.reporting.tracking import tracked
+from trainer.run import HISTORY, LOG, begin, fields_of
+
+COLLABORATIVE = "collaborative"  # below it lie the models that objectives take rewards from
 
 
-def ensure_collaborative(experiment: Experiment, prepared: Path, say: Say = print) -> Path:
+def ensure_collaborative(experiment: Experiment, prepared: Prepared, say: Say = print) -> Path:
     """The collaborative model that a language model's objective takes rewards from, as `collaborative` says.
 
-    One that is given by its config is trained once under `<storage>/collaborative/<kind>-<hash>`, whatever experiment
-    asks for it: the hash is of the data, the config and the validation that chooses the epoch.
+    One that is given by its config is trained once, as the model `collaborative/<kind>-<hash>` of the storage, whatever
+    experiment asks for it: the hash is of the data, the config and the validation that chooses the epoch.
 
     Returns:
         Its bundle, whose items are the dataset's, in the same order.
@@ -37,7 +40,7 @@ def ensure_collaborative(experiment: Experiment, prepared: Path, say: Say = prin
     config = experiment.collaborative
     if config is None:
         raise UserError("collaborative: null, but the objective needs a collaborative model; leave it out for SASRec")
-    dataset = Dataset.load(prepared / "dataset")
+    dataset = Dataset.load(prepared.dataset)
     bundle = (
         Path(config.path)
         if isinstance(config, CollaborativeBundle)
@@ -63,60 +66,51 @@ def ensure_collaborative(experiment: Experiment, prepared: Path, say: Say = prin
     return bundle
 
 
-def _shared(experiment: Experiment, config: CollaborativeConfig, dataset: Dataset, prepared: Path, say: Say) -> Path:
+def _shared(
+    experiment: Experiment, config: CollaborativeConfig, dataset: Dataset, prepared: Prepared, say: Say
+) -> Path:
     evaluation = experiment.evaluation
-    decisive = [
-        dataset.fingerprint,
-        config.model_dump(mode="json"),
-        evaluation.validation_targets,
-        evaluation.exclude_seen,
-    ]
-    digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:12]
-    storage = experiment.run_dir.parent / "collaborative"
-    run = experiment.model_copy(
-        update={
-            "name": f"{config.kind}-{digest}",
-            "recommender": config,
-            "cluster": experiment.cluster.model_copy(update={"storage": str(storage)}),
-        }
-    )
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    waiting = f"another experiment is training the collaborative model in {run.run_dir}; waiting for it"
-    with locked(run.run_dir / LOCK, lambda: say(waiting)):  # of experiments that start together one trains
-        bundle = run.run_dir / "bundle"
-        if bundle.exists():
-            say(f"collaborative model: {bundle}")
-            return bundle
-        say(f"training the collaborative model ({config.kind}) once, in {run.run_dir}")
+    decisive = [config.model_dump(mode="json"), evaluation.validation_targets, evaluation.exclude_seen]
+    model = Model(experiment.storage, f"{COLLABORATIVE}/{config.kind}-{digest(dataset.fingerprint, *decisive)}")
+    run = experiment.model_copy(update={"recommender": config})
+    model.home.mkdir(parents=True, exist_ok=True)
+    waiting = f"another experiment is training the collaborative model in {model.home}; waiting for it"
+    with locked(model.home / LOCK, lambda: say(waiting)):  # of experiments that start together one trains
+        if model.complete:
+            say(f"collaborative model: {model.version()}")
+            return model.version().bundle
+        say(f"training the collaborative model ({config.kind}) once, in {model.home}")
         connect()
         check_resources(run.cluster, run.cluster.fewest_workers)
-        return fit_collaborative(run, dataset, prepared, say)
+        begun = [version for version in model.versions if fields_of(version) is not None]
+        version = begun[-1] if begun else begin(run, prepared, say=say, model=model)
+        return fit_collaborative(run, version, prepared, say)
 
 
-def fit_collaborative(run: Experiment, dataset: Dataset, prepared: Path, say: Say) -> Path:
-    """Train a run's collaborative recommender on the connected Ray and write the best epoch as a bundle."""
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    log = run.run_dir / "train.log"
-    with tracked(run):
+def fit_collaborative(run: Experiment, version: Version, prepared: Prepared, say: Say) -> Path:
+    """Train a collaborative recommender on the connected Ray and write the best epoch as the version's bundle."""
+    log = version.directory / LOG
+    with tracked(run, version.directory):
         trained = run_to_best(torch_trainer(run, prepared, log, train_worker), log, say, TOO_LARGE)
-    return export_collaborative(run, dataset, trained)
+    return export_collaborative(run, version, prepared, trained)
 
 
-def export_collaborative(run: Experiment, dataset: Dataset, trained: Trained) -> Path:
-    """Write the bundle of a checkpoint."""
-    config = run.recommender
+def export_collaborative(run: Experiment, version: Version, prepared: Prepared, trained: Trained) -> Path:
+    """Write the history and, last, the bundle of what was trained: with it the version is finished."""
+    config, dataset = run.recommender, Dataset.load(prepared.dataset)
     assert not isinstance(config, LanguageModelConfig)
     model = build_model(config, len(dataset.item_ids))
     with trained.checkpoint.as_directory() as directory:
         load(Path(directory), model)
     manifest = Manifest(
-        name=run.name,
+        name=version.name,
+        version=version.number,
+        trained_until=dataset.trained_until(),
         recommender=config.model_dump(mode="json"),
         data_fingerprint=dataset.fingerprint,
-        metrics={name: float(trained.metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")},
+        metrics=trained.selection,
     )
     catalogue = Catalogue(dataset.item_ids, dataset.titles, dataset.items_table, dataset.popularity())
-    bundle = run.run_dir / "bundle"
-    CollaborativeRecommender(catalogue, model, manifest).save(bundle)
-    (run.run_dir / "training.json").write_text(json.dumps(trained.history, indent=2))
-    return bundle
+    write_json(version.directory / HISTORY, trained.history)
+    CollaborativeRecommender(catalogue, model, manifest).save(version.bundle)
+    return version.bundle

@@ -39,6 +39,7 @@ from trainer.loop.checkpoint import STATE_FILE
 from trainer.loop.outcome import outcome_of, refuse_to_repeat
 from trainer.loop.storage import COLLABORATIVE, SELECTION
 from trainer.loop.worker import Meter, Progress
+from trainer.parts import Prepared
 from trainer.reporting.curves import Curves
 from trainer.reporting.tracking import Tracking
 
@@ -56,16 +57,16 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train until the last epoch, or until validation NDCG@10 has not risen for `patience` epochs.
 
     Args:
-        config: `experiment` (JSON), `prepared` (the directory that `prepare` wrote), `log` (a file for progress).
+        config: `experiment` (JSON), `prepared` (where the data lie), `log` (a file for progress).
 
     Returns:
         How it ended, see `trainer/loop/outcome.py`.
     """
     experiment, log = Experiment.model_validate_json(config["experiment"]), Path(config["log"])
-    return outcome_of(partial(_train, experiment, Path(config["prepared"]), log), log, TOO_LARGE)
+    return outcome_of(partial(_train, experiment, config["prepared"], log), log, TOO_LARGE)
 
 
-def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
+def _train(experiment: Experiment, prepared: Prepared, log: Path) -> None:
     config = experiment.recommender
     assert not isinstance(config, LanguageModelConfig)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -73,7 +74,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
     say = Progress(log, rank)
     with agreed(device):  # a node may lack what others have
         refuse_to_repeat(log)
-        dataset = Dataset.load(prepared / "dataset")
+        dataset = Dataset.load(prepared.dataset)
     windows = TrainingWindows(dataset, config.max_length, config.batch, config.seed)
     torch.manual_seed(config.seed)
     model = build_model(config, len(dataset.item_ids)).to(device)
@@ -94,7 +95,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path) -> None:
             state = load(Path(directory), model, optimiser)
         say(f"resumed after epoch {len(state['epochs'])} of {config.epochs}")
 
-    curves = Curves(log.parent, rank, state["step"], Tracking(experiment, say) if rank == 0 else None)
+    curves = Curves(log.parent, rank, state["step"], Tracking(experiment, log.parent, say) if rank == 0 else None)
     while len(state["epochs"]) < config.epochs and state["stale"] < config.patience:
         number = len(state["epochs"])
         epoch = windows.epoch(number)

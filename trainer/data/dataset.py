@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recommender.errors import UserError
-from recommender.files import replace_directory
+from recommender.files import digest
 from trainer.data.cleaning import Sequences, first_of_duplicates, in_order, k_core
 from trainer.data.config import DataConfig, InteractionsData, WindowsData
 from trainer.data.readers import Problems, read_interactions, read_items, read_windows, stream
 from trainer.data.splits import SPLITS, Targets, chronological, every_position, from_windows, leave_one_out
+from trainer.parts import make_part
 
 SCHEMA_VERSION = 1
+ABOUT = "dataset.json"
 
 Progress = Callable[[str], None]
 
@@ -68,22 +68,26 @@ class Dataset:
         return self.flat_items[begin + max(0, position - limit) : begin + position]
 
     def popularity(self) -> np.ndarray:
-        """int64 [items]: how often each item occurs in what training may see, that is up to the last training target
-        of each sequence.
-        """
+        """int64 [items]: how often each item occurs in what training may see."""
+        return np.bincount(self.flat_items[self.seen_in_training], minlength=len(self.items_table)).astype(np.int64)
+
+    @cached_property
+    def seen_in_training(self) -> np.ndarray:
+        """bool [N]: what training may see, that is up to the last training target of each sequence."""
         last = np.full(len(self.users), -1, np.int64)
         np.maximum.at(last, self.targets["train"].sequence, self.targets["train"].position)
         lengths = np.diff(self.offsets)
         position = np.arange(len(self.flat_items)) - np.repeat(self.offsets[:-1], lengths)
-        seen = self.flat_items[position <= np.repeat(last, lengths)]
-        return np.bincount(seen, minlength=len(self.items_table)).astype(np.int64)
+        return position <= np.repeat(last, lengths)
 
-    def add_stats(self, extra: Mapping[str, Any]) -> None:
-        """Merge figures into `stats` and rewrite stats.json in one step."""
-        self.stats.update(extra)
-        aside = self.path / ".stats.json"
-        _write_json(aside, self.stats)
-        os.replace(aside, self.path / "stats.json")
+    def trained_until(self) -> str:
+        """The latest time of what training may see, ISO 8601 in UTC; "" where the data give no points in time."""
+        times, _ = _flat(pq.read_table(self.path / "sequences.parquet", columns=["timestamps"])["timestamps"])
+        latest = int(times[self.seen_in_training].max(initial=0))
+        for power in (0, 3, 6, 9):  # seconds since 1970, or thousandths, … of them; smaller numbers are no such times
+            if 10 ** (8 + power) <= latest < 10 ** (11 + power):
+                return datetime.fromtimestamp(latest // 10**power, UTC).isoformat()
+        return ""
 
     @classmethod
     def load(cls, path: str | Path) -> Dataset:
@@ -107,7 +111,9 @@ class Dataset:
             items = pq.read_table(path / "items.parquet")
             stats = json.loads((path / "stats.json").read_text(encoding="utf-8"))
         except (OSError, pa.ArrowException, ValueError) as error:
-            raise UserError(f"{path}: the prepared dataset is damaged ({error}); run `ilrec prepare` again") from None
+            raise UserError(
+                f"{path}: the prepared dataset is damaged ({error}); remove this directory, and `ilrec prepare` again"
+            ) from None
         flat, offsets = _flat(sequences["items"])
         return cls(
             path=path,
@@ -121,23 +127,33 @@ class Dataset:
         )
 
 
-def prepare_dataset(config: DataConfig, out_dir: Path, progress: Progress = print) -> Dataset:
+def prepare_dataset(config: DataConfig, datasets: Path, progress: Progress = print) -> Dataset:
     """Read, clean, split and write a dataset, or load the one that the same config and files made before.
 
-    It is written aside and renamed: an interrupted call leaves what was there.
+    Args:
+        datasets: the directory that holds the dataset, under a name for its config and the content of its files.
 
     Raises:
-        UserError: a source file cannot be used, nothing is left after cleaning, or `out_dir` holds something else.
+        UserError: a source file cannot be used, or nothing is left after cleaning.
     """
-    out_dir = Path(out_dir)
     fingerprint = _fingerprint(config)
-    there = _read_about(out_dir)
-    if there and (there.get("fingerprint"), there.get("schema_version")) == (fingerprint, SCHEMA_VERSION):
-        progress(f"{out_dir}: config and source files are unchanged, the prepared dataset is kept")
-        return Dataset.load(out_dir)
-    if there is None and out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir}: holds something that is no dataset and is left alone; choose another directory")
+    directory = Path(datasets) / digest(fingerprint, SCHEMA_VERSION)
 
+    def write(aside: Path) -> None:
+        _write_dataset(config, fingerprint, aside, progress)
+
+    if not make_part(directory, ABOUT, write, progress):
+        progress(f"data: {directory} has been prepared from the same files and settings")
+    dataset = Dataset.load(directory)
+    stats = dataset.stats
+    progress(
+        f"{stats['users']:,} users, {stats['items']:,} items, {stats['interactions']:,} interactions; targets: "
+        + ", ".join(f"{stats[split]:,} {split}" for split in SPLITS)
+    )
+    return dataset
+
+
+def _write_dataset(config: DataConfig, fingerprint: str, directory: Path, progress: Progress) -> None:
     problems = Problems(config.on_error, progress)
     if isinstance(config, InteractionsData):
         items, sequences, targets, steps = _from_interactions(config, problems, progress)
@@ -148,26 +164,14 @@ def prepare_dataset(config: DataConfig, out_dir: Path, progress: Progress = prin
     if not len(targets["train"]):
         raise UserError("the data give no training target: no user has two interactions for training; add data")
     stats = _stats(items, sequences, targets) | {"problems": problems.found, "steps": steps}
-
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
-    try:
-        about = {
-            "schema_version": SCHEMA_VERSION,
-            "fingerprint": fingerprint,
-            "protocol": config.protocol if isinstance(config, InteractionsData) else "windows",
-            "config": config.model_dump(mode="json"),
-            "sources": _sources(config),
-        }
-        _write(aside, items, sequences, targets, stats, about)
-        replace_directory(aside, out_dir)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    progress(
-        f"{stats['users']:,} users, {stats['items']:,} items, {stats['interactions']:,} interactions; targets: "
-        + ", ".join(f"{stats[split]:,} {split}" for split in SPLITS)
-    )
-    return Dataset.load(out_dir)
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint,
+        "protocol": config.protocol if isinstance(config, InteractionsData) else "windows",
+        "config": config.model_dump(mode="json"),
+        "sources": _sources(config),
+    }
+    _write(directory, items, sequences, targets, stats, about)
 
 
 # -- Making it --------------------------------------------------------------------------------------------------------
@@ -278,18 +282,18 @@ _PATHS = {"interactions", "items", "train", "validation", "test"}
 
 
 def _fingerprint(config: DataConfig) -> str:
-    digest = hashlib.sha256(json.dumps(config.model_dump(mode="json", exclude=_PATHS), sort_keys=True).encode())
+    whole = hashlib.sha256(json.dumps(config.model_dump(mode="json", exclude=_PATHS), sort_keys=True).encode())
     for file in _sources(config):
         content = hashlib.sha256()
         for chunk in stream(file):
             content.update(chunk)
-        digest.update(content.digest())
-    return digest.hexdigest()
+        whole.update(content.digest())
+    return whole.hexdigest()
 
 
 def _read_about(path: Path) -> dict[str, Any] | None:
     try:
-        about = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return about if isinstance(about, dict) else None
@@ -328,7 +332,7 @@ def _write(
         columns["candidates"] = pa.array(lists, pa.list_(pa.int32()))
     pq.write_table(pa.table(columns), directory / "targets.parquet")
     _write_json(directory / "stats.json", stats)
-    _write_json(directory / "dataset.json", about)
+    _write_json(directory / ABOUT, about)  # last: with it the dataset is complete
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

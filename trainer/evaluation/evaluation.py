@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from recommender.bundle import read_manifest
+from recommender.bundle import Manifest, read_manifest
 from recommender.catalogue.catalogue import Catalogue
 from recommender.config import SearchConfig
 from recommender.errors import UserError
+from recommender.files import digest, new_directory, read_json, write_json
 from recommender.loading import load_recommender
 from recommender.metrics import bootstrap_interval, metric_values, popularity_ranks
 from trainer.cluster import check_resources, connect
 from trainer.config import ClusterConfig, EvaluationConfig
 from trainer.data.dataset import Dataset
 from trainer.evaluation.ranking import HeldOut, Ranking, held_out, ranks_of
-from trainer.prepare import Say
+from trainer.evaluation.saved import EVALUATION, REPORT, TARGETS, Saved
+from trainer.parts import Say
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Report:
         exact_rate: share of answers proven to be the true top-K.
         expansions: mean number of trie nodes expanded for an answer.
         seconds: wall time of the ranking.
+        evaluated_at: when, in UTC.
     """
 
     split: str
@@ -53,22 +56,21 @@ class Report:
     exact_rate: float
     expansions: float
     seconds: float
+    evaluated_at: str
 
 
 def evaluate(
     bundle: Path,
     dataset_dir: Path,
     split: str,
-    out_dir: Path,
     config: EvaluationConfig,
     cluster: ClusterConfig,
     say: Say,
     search: SearchConfig | None = None,
-) -> Report:
-    """Rank every target of a split with a bundle and write `<split>.json` and `<split>.parquet`.
+) -> tuple[Report, Saved]:
+    """Rank every target of a split with a bundle and save the outcome beside it, see `trainer/evaluation/saved.py`.
 
-    The latter has a row a target: its rank and the list that was recommended, its history's length and how often the
-    target occurs in training.
+    What was evaluated before with the same settings is not ranked again.
 
     Args:
         search: in place of the bundle's own search settings.
@@ -86,6 +88,12 @@ def evaluate(
         raise UserError(
             f"{bundle}: its catalogue is not the one of {dataset_dir}; prepare the data that it was made for"
         )
+    if search == manifest.search:
+        search = None
+    saved = Saved(bundle.parent / EVALUATION / f"{split}-{_settings(manifest, dataset, limit, config, search)}")
+    if (found := read_json(saved.directory / REPORT)) is not None:
+        say(f"evaluated before with these settings: {saved.directory}")
+        return Report(**found), saved
     if manifest.data_fingerprint != dataset.fingerprint:
         say(f"note: {bundle} was trained on other data than {dataset_dir}; it may have seen these targets")
     connect()
@@ -118,11 +126,21 @@ def evaluate(
         exact_rate=float(ranking.exact.mean()),
         expansions=float(ranking.expansions.mean()),
         seconds=seconds,
+        evaluated_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
     )
-    out_dir.mkdir(parents=True, exist_ok=True)
-    _write_per_target(dataset, users, targets, ranking, popular, out_dir / f"{split}.parquet")
-    (out_dir / f"{split}.json").write_text(json.dumps(vars(report), indent=2))
-    return report
+    with new_directory(saved.directory) as aside:
+        _write_per_target(dataset, users, targets, ranking, popular, aside / TARGETS)
+        write_json(aside / REPORT, vars(report))
+    return report, saved
+
+
+def _settings(
+    manifest: Manifest, dataset: Dataset, limit: int | None, config: EvaluationConfig, search: SearchConfig | None
+) -> str:
+    """A name for all that decides an evaluation's outcome."""
+    decisive = config.model_dump(mode="json", exclude={"test_targets", "validation_targets", "batch"})
+    searched = None if search is None else search.model_dump(mode="json")
+    return digest(manifest.checksum, dataset.fingerprint, limit, decisive, searched, length=8)
 
 
 def _rank(
@@ -238,7 +256,7 @@ def _write_per_target(
 
 
 def read_per_target(path: Path) -> pa.Table:
-    """What `compare` needs of a `<split>.parquet`.
+    """What `compare` needs of a per-target file.
 
     Raises:
         UserError: it is none.
@@ -248,12 +266,12 @@ def read_per_target(path: Path) -> pa.Table:
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"{path}: not the per-target file of an evaluation (<run>/evaluation/<split>.parquet): {reason}"
+            f"{path}: not the per-target file of an evaluation (evaluation/<split>-…/targets.parquet): {reason}"
         ) from None
 
 
 def compare(first: Path, second: Path, metric: str = "NDCG@10", resamples: int = 10_000) -> dict[str, Any]:
-    """Paired bootstrap over users of the difference of two evaluations of the same targets (`<split>.parquet` files).
+    """Paired bootstrap over users of the difference of two evaluations of the same targets (per-target files).
 
     Returns:
         means of both, their difference and its 95 % interval.

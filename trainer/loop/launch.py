@@ -28,7 +28,7 @@ from trainer.experiment import Experiment
 from trainer.loop.outcome import forget
 from trainer.loop.storage import SELECTION, drop_damaged
 from trainer.loop.worker import train_worker
-from trainer.prepare import Say
+from trainer.parts import Prepared, Say
 from trainer.run import CHECKPOINTS, FAILURE
 
 
@@ -85,6 +85,11 @@ class Trained:
     checkpoint: Checkpoint
     metrics: dict[str, Any]
     history: list[Any]
+
+    @property
+    def selection(self) -> dict[str, float]:
+        """What the epoch was chosen by."""
+        return {name: float(self.metrics[name]) for name in ("validation_HR@10", "validation_NDCG@10")}
 
 
 def _run(trainer: TorchTrainer, log: Path, too_large: str) -> Any:
@@ -152,13 +157,17 @@ def best_checkpoint(result: Any) -> tuple[Checkpoint, dict[str, Any]]:
 
 def torch_trainer(
     experiment: Experiment,
-    prepared: Path,
+    prepared: Prepared,
     log: Path,
     worker: Callable[[dict[str, Any]], Any] = train_worker,
     collaborative: Path | None = None,
     callbacks: Sequence[RayTrainCallback] = (),
 ) -> TorchTrainer:
-    """The Ray Train job of an experiment: `worker` on every rank, `callbacks` in its controller."""
+    """The Ray Train job of an experiment: `worker` on every rank, `callbacks` in its controller.
+
+    Args:
+        log: in the version's directory, where the checkpoints go as well.
+    """
     cluster = experiment.cluster
     workers: Any = cluster.workers if cluster.min_workers is None else (cluster.min_workers, cluster.workers)
     resources = {"CPU": cluster.cpus_per_worker}
@@ -175,7 +184,7 @@ def torch_trainer(
         worker,
         train_loop_config={
             "experiment": experiment.model_dump_json(),
-            "prepared": str(prepared),
+            "prepared": prepared,
             "log": str(log),
             "collaborative": None if collaborative is None else str(collaborative),
         },
@@ -186,8 +195,8 @@ def torch_trainer(
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
-            name="ray",
-            storage_path=str(experiment.run_dir),
+            name=CHECKPOINTS,
+            storage_path=str(log.parent),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute=SELECTION, checkpoint_score_order="max"
             ),

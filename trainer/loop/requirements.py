@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.loop.plan import BatchPlan
 from trainer.loop.rows import TrainingRows
+from trainer.parts import Prepared
 
 _BUCKET = 500_000_000  # elements of DeepSpeed's reduce_bucket_size
 _KEPT_WHOLE = 1_000_000_000  # its stage3_max_reuse_distance: smaller models stay gathered through a step
@@ -164,7 +164,7 @@ class Requirements:
         return None
 
 
-def requirements(experiment: Experiment, prepared: Path) -> Requirements:
+def requirements(experiment: Experiment, prepared: Prepared) -> Requirements:
     """Count what training on prepared data needs. Loads no weights.
 
     Raises:
@@ -172,7 +172,7 @@ def requirements(experiment: Experiment, prepared: Path) -> Requirements:
     """
     if not isinstance(experiment.recommender, LanguageModelConfig):
         raise UserError("recommender.kind: plan is of use for language models; collaborative ones are small")
-    dataset, space = Dataset.load(prepared / "dataset"), ItemSpace.load(prepared / "items")
+    dataset, space = Dataset.load(prepared.dataset), ItemSpace.load(prepared.items)
     backbone = empty_backbone(experiment.backbone, space.tokenizer, experiment.init_from)
     objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
     training = experiment.training

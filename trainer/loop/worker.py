@@ -45,6 +45,7 @@ from trainer.loop.outcome import outcome_of, refuse_to_repeat
 from trainer.loop.plan import BatchPlan, Step
 from trainer.loop.rows import TrainingRows
 from trainer.loop.storage import SELECTION
+from trainer.parts import Prepared
 from trainer.reporting.curves import Curves
 from trainer.reporting.tracking import Tracking
 
@@ -64,25 +65,25 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """Train until the last epoch, or until validation NDCG@10 has not risen for `patience` epochs.
 
     Args:
-        config: `experiment` (JSON), `prepared` (the directory that `prepare` wrote), `log` (a file for progress),
-            `collaborative` (the bundle of the model that rewards come from, or None).
+        config: `experiment` (JSON), `prepared` (where the data lie), `log` (a file for progress), `collaborative`
+            (the bundle of the model that rewards come from, or None).
 
     Returns:
         How it ended, see `trainer/loop/outcome.py`.
     """
     experiment, log = Experiment.model_validate_json(config["experiment"]), Path(config["log"])
-    train = partial(_train, experiment, Path(config["prepared"]), log, config["collaborative"])
+    train = partial(_train, experiment, config["prepared"], log, config["collaborative"])
     return outcome_of(train, log, TOO_LARGE)
 
 
-def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str | None) -> None:
+def _train(experiment: Experiment, prepared: Prepared, log: Path, collaborative: str | None) -> None:
     training = experiment.training
     rank, world = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
     say = Progress(log, rank)
     with agreed(device):  # a node may lack what others have
         refuse_to_repeat(log)
-        dataset, space = Dataset.load(prepared / "dataset"), ItemSpace.load(prepared / "items")
+        dataset, space = Dataset.load(prepared.dataset), ItemSpace.load(prepared.items)
         backbone = starting_backbone(experiment, space)
         backbone.to(device)
         choose_attention(backbone, training.attention)
@@ -116,7 +117,7 @@ def _train(experiment: Experiment, prepared: Path, log: Path, collaborative: str
         objective.state = state.get("objective", objective.state)
         say(f"resumed at step {state['step']} of {total_steps}")
 
-    curves = Curves(log.parent, rank, state["step"], Tracking(experiment, say) if rank == 0 else None)
+    curves = Curves(log.parent, rank, state["step"], Tracking(experiment, log.parent, say) if rank == 0 else None)
     started, first_step = time.monotonic(), state["step"]
     while state["step"] < total_steps and state["stale"] < training.patience:
         epoch = state["step"] // plan.steps_per_epoch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -14,15 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from recommender.files import read_json, write_text
 from recommender.metrics import bootstrap_interval, metric_values
 from trainer.config import LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.data.splits import SPLITS
 from trainer.evaluation.ranking import held_out
+from trainer.evaluation.saved import latest
 from trainer.experiment import Experiment
 from trainer.loop.storage import SELECTION
 from trainer.loop.worker import learning_rate
+from trainer.parts import Prepared
 from trainer.reporting import figures
+from trainer.run import HISTORY
 
 REPORT = "report.html"
 _SEGMENTED = "NDCG@10"
@@ -54,17 +57,16 @@ _SPEED = {
 }
 
 
-def write_report(experiment: Experiment) -> Path:
-    """Draw what lies in a run's directory, so far: `training.json`, the dataset's statistics, the test evaluation.
+def write_report(experiment: Experiment, run: Path, prepared: Prepared) -> Path:
+    """Draw what lies in a version's directory, so far: its history, the data's statistics, the latest test evaluation.
 
     Returns:
         `<run>/report.html`.
     """
-    run = experiment.run_dir
-    history: list[dict[str, float]] = _read(run / "training.json") or []
-    test = _read(run / "evaluation" / "test.json")
-    per_target = run / "evaluation" / "test.parquet"
-    targets = pq.read_table(per_target) if test and per_target.exists() else None
+    history: list[dict[str, float]] = read_json(run / HISTORY) or []
+    saved = latest(run)
+    test = None if saved is None else saved.report
+    targets = None if saved is None else pq.read_table(saved.per_target)
     body = [f"<h1>{escape(experiment.name)}</h1>", f"<p>{escape(headline(experiment, history, test))}</p>"]
     if test:
         body += ["<h2>Test</h2>", *test_section(test)]
@@ -77,15 +79,14 @@ def write_report(experiment: Experiment) -> Path:
         body += ["<h2>Training</h2>", *panels(history, _training(history), schedule=rates(experiment, history))]
         body += ["<h2>Speed</h2>", *panels(history, _SPEED, base=0.0)]
     if targets is not None and "recommended" in targets.column_names:
-        dataset = Dataset.load(run / "prepared" / "dataset")
+        dataset = Dataset.load(prepared.dataset)
         body += ["<h2>Some of its lists</h2>", *samples(dataset, targets, experiment.evaluation.test_targets)]
-    if stats := _read(run / "prepared" / "dataset" / "stats.json"):
-        body += ["<h2>Data</h2>", data_section(stats)]
+    body += ["<h2>Data</h2>", data_section(prepared.stats())]
     config = yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     body += ["<h2>Where things lie</h2>", f"<p>{escape(str(run))}</p>", files_section(run)]
     body += [f"<h2>Config</h2><details><summary>all fields</summary><pre>{escape(config)}</pre></details>"]
     path = run / REPORT
-    path.write_text(figures.page(experiment.name, body), encoding="utf-8")
+    write_text(path, figures.page(experiment.name, body))
     return path
 
 
@@ -284,7 +285,7 @@ def files_section(run: Path) -> str:
     """What lies in the run's directory, with links."""
     what = {
         "bundle": "the best epoch: ilrec serve, ilrec recommend",
-        "prepared": "dataset and spelled catalogue",
+        "config.yaml": "all fields of the experiment",
         "training.json": "what each epoch reported",
         "train.log": "progress",
         "tensorboard": "curves within the epochs: tensorboard --logdir",
@@ -293,7 +294,3 @@ def files_section(run: Path) -> str:
     }
     rows = [f'<tr><td><a href="{name}">{name}</a><td>{text}' for name, text in what.items() if (run / name).exists()]
     return "<table>" + "\n".join(rows) + "</table>"
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

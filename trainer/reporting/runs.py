@@ -1,8 +1,7 @@
-"""The runs of a storage directory: what each is, how far it got, what of it nobody needs. Nothing heavy is imported."""
+"""The runs of a storage: what each version is, how far it got, what of it can go. Nothing heavy is imported."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -12,42 +11,54 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recommender.bundle import MANIFEST, read_manifest
+from recommender.bundle import peek_manifest, read_manifest
 from recommender.errors import UserError
-from trainer.lock import LOCK, is_locked
-from trainer.run import CHECKPOINTS, IDENTITY, SWEEP
+from recommender.files import read_json
+from recommender.lock import LOCK, is_locked
+from recommender.models import Model, Version
+from trainer.evaluation.saved import latest
+from trainer.parts import PARTS
+from trainer.run import CHECKPOINTS, HISTORY, RECORD, SWEEP, is_earlier_release
 
 _SELECTION = "validation_NDCG@10"
-_COLLABORATIVE = "collaborative"  # under it lie the models that objectives take rewards from
-_WRITTEN_ASIDE = ("bundle", "dataset", "items", "world")  # as .NAME-…, and then renamed
+_SHARED = "collaborative"  # below it lie the models that objectives take rewards from
 _AN_HOUR = 3600
+_GOING = "-pruned"  # what is about to be removed is first given a name that ends so
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's directory.
+    """A version of a model.
 
     Attributes:
-        name: below the storage.
-        kind: "language model", "collaborative" or "sweep"; None where nothing was trained yet.
+        kind: "language model", "collaborative" or "sweep"; or the verb that made it from another one.
         objective: of a language model; otherwise the kind of collaborative model.
-        state: "prepared", "finished"; "training at step N" or "tuning" while a command is at it, otherwise "stopped at
-            step N" or "stopped", and always so where the file system knows no locks.
-        fields: what decides its outcome (`experiment.json`).
+        state: "finished"; "training at step N" or "tuning" while a command is at it, otherwise "stopped at step N" or
+            "stopped", and always so where the file system knows no locks.
+        fields: what decided its outcome.
+        parts: of the storage that it was trained on.
         validation: the best NDCG@10 so far.
         test: metrics on the test targets, by name; empty where it was not evaluated.
         changed: when something in the directory last was (seconds since the epoch).
     """
 
-    directory: Path
-    name: str
-    kind: str | None
+    version: Version
+    kind: str
     objective: str | None
     state: str
     fields: dict[str, Any]
+    parts: list[str]
     validation: float | None
     test: dict[str, float]
     changed: float
+
+    @property
+    def name(self) -> str:
+        return str(self.version)
+
+    @property
+    def directory(self) -> Path:
+        return self.version.directory
 
     @property
     def checkpoints(self) -> Path:
@@ -55,90 +66,108 @@ class Run:
         return self.directory / (SWEEP if self.kind == "sweep" else "") / CHECKPOINTS
 
     @property
-    def log(self) -> Path:
-        """What its workers say."""
-        return self.directory / ("tune/tune.log" if self.kind == "sweep" else "train.log")
-
-    @property
-    def per_target(self) -> Path:
+    def per_target(self) -> Path | None:
         """A row a test target, if it was evaluated."""
-        return self.directory / "evaluation" / "test.parquet"
+        saved = latest(self.directory)
+        return None if saved is None else saved.per_target
 
 
 def find_runs(storage: Path) -> tuple[list[Run], list[str]]:
-    """The runs of a storage, by name, and why other directories are none.
+    """The runs of a storage, by name and number, and why other directories are none.
+
+    Raises:
+        UserError: there is no such directory.
+    """
+    runs, notes = [], []
+    for model in find_homes(storage):
+        if is_earlier_release(model.home):
+            notes.append(f"{model.home}: a run of an earlier release; `ilrec runs convert` makes it version 1")
+        elif not model.versions:
+            notes.append(f"{model.home}: left aside, it holds no run")
+        for version in model.versions:
+            try:
+                runs.append(read_run(version))
+            except UserError as error:
+                notes.append(str(error))
+    return runs, notes
+
+
+def find_homes(storage: Path) -> list[Model]:
+    """What a storage holds besides parts, by name, whether or not it is a model.
 
     Raises:
         UserError: there is no such directory.
     """
     if not storage.is_dir():
         raise UserError(f"{storage}: no such directory; --storage is where runs live (cluster.storage, default: runs)")
-    runs, notes = [], []
-    shared = storage / _COLLABORATIVE
+    shared = storage / _SHARED
     places = [*storage.iterdir(), *(shared.iterdir() if shared.is_dir() else ())]
-    for directory in sorted(path for path in places if path.is_dir() and not path.name.startswith(".")):
-        if directory == shared:
-            continue
-        try:
-            runs.append(read_run(directory, str(directory.relative_to(storage))))
-        except UserError as error:
-            notes.append(str(error))
-    return runs, notes
+    return [
+        Model(storage, str(path.relative_to(storage)))
+        for path in sorted(places)
+        if path.is_dir() and not path.name.startswith(".") and path not in (shared, storage / PARTS)
+    ]
 
 
 def named_run(storage: Path, name: str) -> Run:
-    """A run by its name in the storage, or by its path.
+    """A run by its name: "shop" is its latest version, "shop@2" that one.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    directory = next((path for path in (storage / name, Path(name)) if path.is_dir()), None)
-    if directory is None:
+    model, _, which = name.partition("@")
+    versions = Model(storage, model).versions
+    found = [version for version in versions if which in ("", "latest", str(version.number))]
+    if not found:
         known = ", ".join(run.name for run in find_runs(storage)[0]) or "none"
         raise UserError(f"{name}: no run of this name in {storage}; there are: {known}")
-    return read_run(directory, name)
+    return read_run(found[-1])
 
 
-def read_run(directory: Path, name: str) -> Run:
+def read_run(version: Version) -> Run:
     """What a directory says of its run.
 
     Raises:
         UserError: it holds no run, or a file of it cannot be read.
     """
     try:
-        return _read_run(directory, name)
+        return _read_run(version)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory}: left aside, a file of its run cannot be read ({error!r})") from None
+        raise UserError(f"{version.directory}: left aside, a file of its run cannot be read ({error!r})") from None
 
 
-def _read_run(directory: Path, name: str) -> Run:
-    is_sweep = (directory / SWEEP).is_dir()
-    fields: dict[str, Any] = _json((directory / SWEEP if is_sweep else directory) / IDENTITY) or {}
-    manifest: dict[str, Any] | None = _json(directory / "bundle" / MANIFEST)
-    if not fields and manifest is None and not (directory / "prepared").is_dir():
+def _read_run(version: Version) -> Run:
+    directory = version.directory
+    recorded: dict[str, Any] | None = read_json(directory / RECORD)
+    if recorded is None:
         raise UserError(f"{directory}: left aside, it holds no run")
-    trained = fields.get("recommender.kind") or ((manifest or {}).get("recommender") or {}).get("kind")
-    kind = None if trained is None else "language model" if trained == "language_model" else "collaborative"
-    objective = fields.get("objective.kind") if kind == "language model" else trained
-    history: list[dict[str, Any]] = _json(directory / "training.json") or []
-    step, seen = (0, []) if is_sweep else _latest(directory / CHECKPOINTS)
-    is_running = is_locked(directory / LOCK)
-    if manifest is not None and history and step <= history[-1]["step"]:
+    fields: dict[str, Any] = recorded["fields"]
+    made_by = recorded["made_by"]
+    if made_by in ("train", "tune"):
+        of = fields.get("recommender.kind", "language_model")
+        kind = "sweep" if made_by == "tune" else "language model" if of == "language_model" else "collaborative"
+        objective = fields.get("objective.kind") if of == "language_model" else of
+    else:
+        kind, objective = f"{made_by} of {recorded['made_from']}", None
+    history: list[dict[str, Any]] = read_json(directory / HISTORY) or []
+    is_running = is_locked(version.directory.parent / LOCK)
+    if version.is_complete:
         state = "finished"
-    elif is_sweep:
+    elif kind == "sweep":
         state = "tuning" if is_running else "stopped"
     else:
-        state, history = f"{'training' if is_running else 'stopped'} at step {step}" if fields else "prepared", seen
-    test = _json(directory / "evaluation" / "test.json")
+        step, history = _latest(directory / CHECKPOINTS)
+        state = f"{'training' if is_running else 'stopped'} at step {step}"
+    saved = latest(directory)
     return Run(
-        directory=directory,
-        name=name,
-        kind="sweep" if is_sweep else kind,
+        version=version,
+        kind=kind,
         objective=objective,
         state=state,
         fields=fields,
+        parts=recorded.get("parts", []),
         validation=max((float(epoch[_SELECTION]) for epoch in history), default=None),
-        test={metric: float(value) for metric, value in test["metrics"]["model"].items()} if test else {},
+        test={} if saved is None else saved.metrics,
         changed=max(path.lstat().st_mtime for path in (directory, *directory.iterdir())),
     )
 
@@ -148,7 +177,7 @@ def _latest(checkpoints: Path) -> tuple[int, list[dict[str, Any]]]:
     found = sorted(path for path in checkpoints.glob("*-*/state.json"))
     if not found:
         return 0, []
-    document = _json(found[-1])
+    document = read_json(found[-1])
     state = document.get("state", document)  # a language model's has more beside it
     return int(state["step"]), state["epochs"]
 
@@ -160,45 +189,84 @@ def differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
-def prunable(run: Run) -> Iterator[tuple[Path, str]]:
-    """What can go: the checkpoints of a finished run, and what a write that was interrupted more than an hour ago left.
-    Never a bundle, prepared data or an evaluation.
+# -- What can go ------------------------------------------------------------------------------------------------------
 
-    Yields:
-        A directory, and what it holds.
 
-    Raises:
-        UserError: checkpoints are still needed: the bundle is damaged, or the run was started again.
+def prunable(storage: Path, keep: int | None = None, parts: bool = False) -> tuple[list[tuple[Path, str]], list[str]]:
+    """What can go: checkpoints of finished versions, and what a write left that was interrupted an hour ago or more.
+
+    Args:
+        keep: also finished versions of a model but for so many of the latest, the promoted one, the one that a
+            rollback would go to, and those that an adapter needs as its base.
+        parts: also worlds, datasets and spelled catalogues that no version that stays was trained on.
+
+    Returns:
+        Directories and what they hold; and notes on what stays although it might have gone.
     """
-    yield from _interrupted_writes(run)
-    if run.state == "finished" and run.checkpoints.is_dir() and any(run.checkpoints.iterdir()):
-        read_manifest(run.directory / "bundle")
-        if is_locked(run.directory / LOCK):
-            raise UserError(f"{run.directory}: a command is training there")
-        if run.log.exists() and run.log.stat().st_mtime > (run.directory / "training.json").stat().st_mtime:
-            raise UserError(f"{run.log} is newer than training.json, so it may be training")
-        yield run.checkpoints, "checkpoints"
+    runs, notes = find_runs(storage)
+    busy = {model.name for model in find_homes(storage) if is_locked(model.home / LOCK)}
+    notes += [f"{name}: a command is training it, so all of it stays" for name in sorted(busy)]
+    idle = [run for run in runs if run.version.name not in busy]
+    old = set() if keep is None else set(_old_versions(idle, storage, keep))
+    found: list[tuple[Path, str]] = []
+    for model in find_homes(storage):
+        if model.name not in busy:
+            found += _interrupted(model.home)
+            for version in model.versions:
+                found += _interrupted(version.directory)
+                if not any(version.directory.iterdir()):
+                    found.append((version.directory, "a version that was never begun"))
+    for run in idle:
+        if run.version in old:
+            found.append((run.directory, "an old version"))
+        elif run.state == "finished" and run.checkpoints.is_dir() and any(run.checkpoints.iterdir()):
+            try:
+                read_manifest(run.version.bundle)  # nothing but a good bundle makes up for checkpoints
+            except UserError as error:
+                notes.append(f"{run.name} keeps its checkpoints: {error}")
+            else:
+                found.append((run.checkpoints, "checkpoints of a finished run"))
+    used = {part for run in runs if run.version not in old for part in run.parts}
+    for kind in sorted((storage / PARTS).glob("*")):
+        found += _interrupted(kind)
+        for part in sorted(kind.glob("[!.]*")) if parts else ():
+            if str(part.relative_to(storage)) not in used and _age(part) > _AN_HOUR:
+                found.append((part, "no version was trained on it"))
+    return found, notes
 
 
-def _interrupted_writes(run: Run) -> Iterator[tuple[Path, str]]:
-    for name in _WRITTEN_ASIDE:
-        for place in (run.directory, run.directory / "prepared"):
-            for path in sorted(place.glob(f".{name}-*")) if (place / name).exists() else ():
-                if path.is_dir() and time.time() - path.stat().st_mtime > _AN_HOUR:
-                    yield path, "left by an interrupted write"
+def _old_versions(runs: Sequence[Run], storage: Path, keep: int) -> Iterator[Version]:
+    complete = [run.version for run in runs if run.version.is_complete]
+    bases = [weights for version in complete if (weights := peek_manifest(version.bundle).base)]
+    for name in dict.fromkeys(version.name for version in complete):
+        model = Model(storage, name)
+        spared = {*model.complete[-keep:], model.promoted, model.before}
+        for version in model.complete:
+            if version not in spared and peek_manifest(version.bundle).weights not in bases:
+                yield version
+
+
+def _interrupted(place: Path) -> Iterator[tuple[Path, str]]:
+    """Directories that were written aside, and never put into place; or put aside, and not removed to the end."""
+    for path in sorted(place.glob(".*")) if place.is_dir() else ():
+        if path.is_dir() and (path.name.endswith(_GOING) or _age(path) > _AN_HOUR):
+            yield path, "left by an interrupted command"
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory that `prunable` named. Of the checkpoints' an empty one stays, which marks the run's directory
-    as taken."""
-    if directory.name != CHECKPOINTS:
-        shutil.rmtree(directory)
-        return
-    for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Remove a directory that `prunable` named. It is gone at once; an interrupted removal is ended by the next one."""
+    aside = directory.with_name(f".{directory.name}{_GOING}")
+    if directory.name.endswith(_GOING):
+        aside = directory
+    else:
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(directory, aside)
+    shutil.rmtree(aside)
 
 
 def size(directory: Path) -> int:
@@ -209,7 +277,3 @@ def size(directory: Path) -> int:
             with suppress(FileNotFoundError):  # a run that trains removes its old checkpoints
                 total += os.lstat(os.path.join(place, file)).st_size
     return total
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 from recommender.errors import UserError
+from recommender.files import write_json
 from trainer.config import TrackingConfig
 from trainer.experiment import Experiment
 from trainer.run import TRACKING
@@ -33,18 +35,19 @@ class Tracking:
     """The runs that the driver opened, for rank 0.
 
     Args:
+        run: the version's directory.
         say: told when a service fails. That ends the tracking there until training starts again, not the training.
     """
 
-    def __init__(self, experiment: Experiment, say: Callable[[str], None]):
+    def __init__(self, experiment: Experiment, run: Path, say: Callable[[str], None]):
         _send_nothing_else()
         self._say = say
         self._trackers: dict[str, _Tracker] = {}
-        kinds: dict[str, Callable[[Experiment, str], _Tracker]] = {"mlflow": _MLflow, "wandb": _Wandb}
+        kinds: dict[str, Callable[[Experiment, Path, str], _Tracker]] = {"mlflow": _MLflow, "wandb": _Wandb}
         wanted = [name for name in kinds if getattr(experiment.tracking, name) is not None]
-        ids = json.loads((experiment.run_dir / TRACKING).read_text()) if wanted else {}
+        ids = json.loads((run / TRACKING).read_text()) if wanted else {}
         for name in wanted:
-            self._try(name, partial(self._start, name, kinds[name], experiment, ids[name]))
+            self._try(name, partial(self._start, name, kinds[name], experiment, run, ids[name]))
 
     def add(self, values: Mapping[str, float], step: int) -> None:
         """Add the values that were measured after `step`."""
@@ -56,8 +59,10 @@ class Tracking:
         for name, tracker in list(self._trackers.items()):
             self._try(name, tracker.close)
 
-    def _start(self, name: str, kind: Callable[..., _Tracker], experiment: Experiment, run: str) -> None:
-        self._trackers[name] = kind(experiment, run)
+    def _start(
+        self, name: str, kind: Callable[..., _Tracker], experiment: Experiment, directory: Path, run: str
+    ) -> None:
+        self._trackers[name] = kind(experiment, directory, run)
 
     def _try(self, name: str, action: Callable[[], Any]) -> None:
         try:
@@ -87,29 +92,29 @@ def check_tracking(tracking: TrackingConfig) -> None:
 
 
 @contextmanager
-def tracked(experiment: Experiment) -> Iterator[None]:
+def tracked(experiment: Experiment, directory: Path) -> Iterator[None]:
     """Train in the block, on the driver: runs are open at each service, and do not seem to go on where training fails.
 
     Raises:
         UserError: a package or a key is missing, or MLflow does not answer.
     """
-    open_runs(experiment)
+    open_runs(experiment, directory)
     try:
         yield
     except BaseException as error:
         if experiment.tracking.mlflow is not None:
-            _end_mlflow_run(experiment, "FAILED" if isinstance(error, Exception) else "KILLED")
+            _end_mlflow_run(experiment, directory, "FAILED" if isinstance(error, Exception) else "KILLED")
         raise
 
 
-def open_runs(experiment: Experiment) -> None:
+def open_runs(experiment: Experiment, directory: Path) -> None:
     """Open a run of the experiment's name at each service, unless it was opened before.
 
     Raises:
         UserError: a package or a key is missing, or MLflow does not answer.
     """
     _send_nothing_else()
-    tracking, path = experiment.tracking, experiment.run_dir / TRACKING
+    tracking, path = experiment.tracking, directory / TRACKING
     check_tracking(tracking)
     ids: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     if tracking.mlflow is not None and "mlflow" not in ids:
@@ -117,8 +122,7 @@ def open_runs(experiment: Experiment) -> None:
     if tracking.wandb is not None:
         ids.setdefault("wandb", secrets.token_hex(4))
     if ids:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(ids))
+        write_json(path, ids)
 
 
 def _new_mlflow_run(experiment: Experiment) -> str:
@@ -140,13 +144,13 @@ def _new_mlflow_run(experiment: Experiment) -> str:
     return str(run.info.run_id)
 
 
-def _end_mlflow_run(experiment: Experiment, status: str) -> None:
+def _end_mlflow_run(experiment: Experiment, directory: Path, status: str) -> None:
     """Say that training is over; why it failed matters more than that MLflow does not answer."""
     from mlflow import MlflowClient
 
     assert experiment.tracking.mlflow is not None
     with suppress(Exception):
-        run = json.loads((experiment.run_dir / TRACKING).read_text())["mlflow"]
+        run = json.loads((directory / TRACKING).read_text())["mlflow"]
         MlflowClient(experiment.tracking.mlflow.uri).set_terminated(run, status)
 
 
@@ -156,7 +160,7 @@ def _settings(experiment: Experiment) -> list[tuple[str, Any]]:
 
 
 class _MLflow:
-    def __init__(self, experiment: Experiment, run: str):
+    def __init__(self, experiment: Experiment, directory: Path, run: str):
         from mlflow import MlflowClient
 
         assert experiment.tracking.mlflow is not None
@@ -174,7 +178,7 @@ class _MLflow:
 
 
 class _Wandb:
-    def __init__(self, experiment: Experiment, run: str):
+    def __init__(self, experiment: Experiment, directory: Path, run: str):
         import wandb
 
         config = experiment.tracking.wandb
@@ -185,7 +189,7 @@ class _Wandb:
             id=run,
             name=experiment.name,
             resume="allow",
-            dir=str(experiment.run_dir),
+            dir=str(directory),
             config=dict(_settings(experiment)),
             settings=wandb.Settings(silent=True, console="off", disable_code=True, disable_git=True),
         )

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +29,12 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from recommender.errors import UserError
-from recommender.files import replace_directory
+from recommender.files import new_directory
 from recommender.metrics import metric_values, popularity_ranks
 from trainer.world.config import WorldConfig
 
 CUTOFFS = (1, 5, 10, 20)
+WORLD = "world.json"  # with it a world is complete
 
 Metrics = dict[str, dict[str, dict[str, float]]]
 
@@ -95,33 +94,30 @@ class World:
 def simulate(config: WorldConfig, out_dir: Path, say: Callable[[str], None] = print) -> Metrics:
     """Write a world: `items.jsonl.gz`, `interactions.csv.gz`, `world.json`, `oracle.json`; complete or absent.
 
-    A world of the same config is left as it is, one of another config is replaced.
+    A world of the same config is left as it is.
 
     Returns:
         split ("validation", "test") → system ("oracle", "most_popular", "random") → metric → value: leave-one-out, the
         last item of a user is test, the one before validation, and bought items are not ranked.
 
     Raises:
-        UserError: `out_dir` is there and holds something else.
+        UserError: `out_dir` is there and holds something else, a world of another config for example.
     """
     described = config.model_dump()
-    if _present(out_dir) == described:
+    if (there := _present(out_dir)) is not None:
+        if there != described:
+            raise UserError(f"{out_dir} holds a world of another config, and is left as it is; name another directory")
         say(f"world: {out_dir} is there already")
         metrics: Metrics = json.loads((out_dir / "oracle.json").read_text())
         return metrics
     world = build_world(config)
     bought, ranks = draw_choices(config, world)
     metrics = known_metrics(config, bought, ranks)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
-    try:
+    with new_directory(out_dir) as aside:
         _write(world, bought, aside)
         (aside / "oracle.json").write_text(json.dumps(metrics, indent=2))
         summary = _summary(config, world, bought, metrics)
-        (aside / "world.json").write_text(json.dumps({"config": described, "summary": summary}, indent=2))
-        replace_directory(aside, out_dir)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        (aside / WORLD).write_text(json.dumps({"config": described, "summary": summary}, indent=2))
     oracle, popular = metrics["test"]["oracle"]["HR@10"], metrics["test"]["most_popular"]["HR@10"]
     say(
         f"world: {config.items} items, {config.users} users, {sum(map(len, bought))} interactions; "
@@ -135,7 +131,7 @@ def _present(out_dir: Path) -> dict[str, object] | None:
     if not out_dir.exists() or (out_dir.is_dir() and not any(out_dir.iterdir())):
         return None
     try:
-        config: dict[str, object] = json.loads((out_dir / "world.json").read_text())["config"]
+        config: dict[str, object] = json.loads((out_dir / WORLD).read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{out_dir} is there and holds no simulated world; name another directory") from None
     return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -42,8 +43,9 @@ def config(tmp_path: Path) -> InteractionsData:
 
 def test_what_is_written_is_what_is_loaded(tmp_path: Path, config: InteractionsData) -> None:
     made = prepare_dataset(config, tmp_path / "out", silent)
-    dataset = Dataset.load(tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+    dataset = Dataset.load(made.path)
+    assert made.path.parent == tmp_path / "out"
+    assert sorted(p.name for p in made.path.iterdir()) == [
         "dataset.json",
         "items.parquet",
         "sequences.parquet",
@@ -56,7 +58,7 @@ def test_what_is_written_is_what_is_loaded(tmp_path: Path, config: InteractionsD
     assert dataset.users == ["u", "v", "w"]
     assert dataset.flat_items.tolist() == [1, 2, 0, 0, 0, 1, 1]
     assert dataset.offsets.tolist() == [0, 4, 6, 7]
-    assert pq.read_table(tmp_path / "out" / "sequences.parquet")["timestamps"].to_pylist() == [
+    assert pq.read_table(made.path / "sequences.parquet")["timestamps"].to_pylist() == [
         [1, 2, 3, 4],
         [1, 2],
         [9],
@@ -73,8 +75,9 @@ def test_what_is_written_is_what_is_loaded(tmp_path: Path, config: InteractionsD
 
 
 def test_stats(tmp_path: Path, config: InteractionsData) -> None:
-    stats = prepare_dataset(config, tmp_path / "out", silent).stats
-    assert stats == json.loads((tmp_path / "out" / "stats.json").read_text())
+    made = prepare_dataset(config, tmp_path / "out", silent)
+    stats = made.stats
+    assert stats == json.loads((made.path / "stats.json").read_text())
     counts = {"users": 3, "items": 4, "interactions": 7, "sequences": 3, "train": 2, "validation": 1, "test": 1}
     assert {key: stats[key] for key in counts} == counts
     assert stats["density"] == 7 / 12
@@ -84,14 +87,6 @@ def test_stats(tmp_path: Path, config: InteractionsData) -> None:
     assert [step["step"] for step in stats["steps"]] == ["read", "duplicates dropped", "leave_one_out"]
     assert [step.get("interactions") for step in stats["steps"]] == [8, 7, None]
     assert stats["steps"][-1]["users_for_training_only"] == 2
-
-
-def test_add_stats(tmp_path: Path, config: InteractionsData) -> None:
-    dataset = prepare_dataset(config, tmp_path / "out", silent)
-    dataset.add_stats({"tokens_per_item": 2.5})
-    assert dataset.stats["tokens_per_item"] == 2.5
-    assert Dataset.load(tmp_path / "out").stats == dataset.stats
-    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_the_core_cuts_the_catalogue_only_by_items(tmp_path: Path, config: InteractionsData) -> None:
@@ -107,84 +102,61 @@ def test_the_core_cuts_the_catalogue_only_by_items(tmp_path: Path, config: Inter
     assert kept.stats["interactions"] == 8
 
 
-def test_an_unchanged_dataset_is_kept_and_a_changed_one_made_again(tmp_path: Path, config: InteractionsData) -> None:
+def test_an_unchanged_dataset_is_found_again_and_a_changed_one_made_beside_it(
+    tmp_path: Path, config: InteractionsData
+) -> None:
     out, said = tmp_path / "out", list[str]()
     first = prepare_dataset(config, out, silent)
-    first.add_stats({"mine": 1})
-    again = prepare_dataset(config, out, said.append)
-    assert again.stats["mine"] == 1
-    assert any("unchanged" in line for line in said)
+    made = {path: path.stat().st_mtime_ns for path in first.path.iterdir()}
+    assert prepare_dataset(config, out, said.append).path == first.path
+    assert any("has been prepared from the same files and settings" in line for line in said)
     by_time = config.model_copy(update={"protocol": "chronological"})
     chronological = prepare_dataset(by_time, out, silent)
     assert chronological.fingerprint != first.fingerprint
-    assert json.loads((out / "dataset.json").read_text())["protocol"] == "chronological"
+    assert json.loads((chronological.path / "dataset.json").read_text())["protocol"] == "chronological"
     with open(config.items, "a") as file:
         file.write("e,Chair,X\n")
-    assert prepare_dataset(by_time, out, silent).item_ids == ["a", "b", "c", "d", "e"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["interactions.csv", "items.csv", "out"]
+    grown = prepare_dataset(by_time, out, silent)
+    assert grown.item_ids == ["a", "b", "c", "d", "e"]
+    assert len({first.path, chronological.path, grown.path}) == 3
+    assert {path: path.stat().st_mtime_ns for path in first.path.iterdir()} == made
+    assert Dataset.load(first.path).item_ids == ["a", "b", "c", "d"]
 
 
-@pytest.mark.parametrize("moment", ["_write_json", "replace_directory"])
-@pytest.mark.parametrize("before", [False, True])
-def test_an_interrupted_prepare_leaves_what_was_there(
-    tmp_path: Path, config: InteractionsData, monkeypatch: pytest.MonkeyPatch, moment: str, before: bool
+@pytest.mark.parametrize("name", ["sequences.parquet", "dataset.json"])
+def test_an_interrupted_prepare_leaves_nothing_and_goes_on(
+    tmp_path: Path, config: InteractionsData, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     out = tmp_path / "out"
-    if before:
-        prepare_dataset(config, out, silent)
+    write_table, write_json = module.pq.write_table, module._write_json
 
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
+    def interrupt(first: object, second: object) -> None:
+        if name in (Path(str(first)).name, Path(str(second)).name):
+            raise KeyboardInterrupt
+        (write_json if name == "dataset.json" and str(first).endswith(".json") else write_table)(first, second)
 
-    monkeypatch.setattr(module, moment, interrupt)
+    monkeypatch.setattr(module.pq, "write_table", interrupt)
+    monkeypatch.setattr(module, "_write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        prepare_dataset(config.model_copy(update={"protocol": "chronological"}), out, silent)
+        prepare_dataset(config, out, silent)
     monkeypatch.undo()
-    names = ["interactions.csv", "items.csv"] + ["out"] * before
-    assert sorted(p.name for p in tmp_path.iterdir()) == names
-    if before:
-        assert Dataset.load(out).stats["test"] == 1
-        assert prepare_dataset(config, out, silent).stats["train"] == 2
-
-
-def test_a_failing_rename_puts_the_old_dataset_back(
-    tmp_path: Path, config: InteractionsData, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    old = prepare_dataset(config, out, silent)
-    replace = module.os.replace
-
-    def fail(source: Path, target: Path) -> None:
-        if target == out and "old" not in Path(source).name:
-            raise OSError("the disk is full")
-        replace(source, target)
-
-    monkeypatch.setattr(module.os, "replace", fail)
-    with pytest.raises(OSError, match="full"):
-        prepare_dataset(config.model_copy(update={"protocol": "chronological"}), out, silent)
-    assert Dataset.load(out).fingerprint == old.fingerprint
+    assert [path for path in out.iterdir() if path.is_dir()] == []
+    assert prepare_dataset(config, out, silent).stats["train"] == 2
 
 
 def test_what_is_no_dataset_is_refused(tmp_path: Path, config: InteractionsData) -> None:
     with pytest.raises(UserError, match="no prepared dataset"):
         Dataset.load(tmp_path / "nowhere")
-    precious = tmp_path / "precious"
-    precious.mkdir()
-    (precious / "thesis.txt").write_text("words")
-    with pytest.raises(UserError, match="left alone"):
-        prepare_dataset(config, precious, silent)
-    assert (precious / "thesis.txt").read_text() == "words"
-
-    out = tmp_path / "out"
-    prepare_dataset(config, out, silent)
-    (out / "targets.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="damaged"):
-        Dataset.load(out)
-    about = json.loads((out / "dataset.json").read_text())
-    (out / "dataset.json").write_text(json.dumps(about | {"schema_version": 99}))
+    made = prepare_dataset(config, tmp_path / "out", silent).path
+    (made / "targets.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"damaged .*remove this directory"):
+        Dataset.load(made)
+    about = json.loads((made / "dataset.json").read_text())
+    (made / "dataset.json").write_text(json.dumps(about | {"schema_version": 99}))
     with pytest.raises(UserError, match="version 99"):
-        Dataset.load(out)
-    assert prepare_dataset(config, out, silent).stats["train"] == 2
+        Dataset.load(made)
+    shutil.rmtree(made)
+    assert prepare_dataset(config, tmp_path / "out", silent).stats["train"] == 2
 
 
 def test_nothing_to_train_on_is_an_error(tmp_path: Path, config: InteractionsData) -> None:

@@ -24,6 +24,7 @@ from trainer.loop.module import TrainedModel
 from trainer.loop.requirements import Shape, memory, requirements
 from trainer.loop.rows import TrainingRows
 from trainer.loop.worker import micro_batch, starting_backbone
+from trainer.parts import Prepared
 
 ROOT = Path(__file__).parents[3]
 CASES = [(stage, lora, "bfloat16" if (stage + lora) % 2 else "float32") for stage in range(4) for lora in (0, 1)]
@@ -100,9 +101,9 @@ def kilobytes(name):  # VmHWM is this program's own peak; getrusage's that of wh
 
 dist.init_process_group("gloo", rank=0, world_size=1)
 experiment, prepared = Experiment.model_validate_json(sys.argv[2]), Path(sys.argv[3])
-training, space = experiment.training, ItemSpace.load(prepared / "items")
+training, space = experiment.training, ItemSpace.load(prepared.items)
 objective = build_objective(experiment.objective, 6, space.trie)
-rows = TrainingRows(Dataset.load(prepared / "dataset"), space, training, objective.branching_only)
+rows = TrainingRows(Dataset.load(prepared.dataset), space, training, objective.branching_only)
 plan = BatchPlan(rows.lengths, rows.counted, training.batch_tokens, training.seed)
 warm = starting_backbone(experiment, space)  # whatever transformers loads at first
 del warm
@@ -155,7 +156,7 @@ def one_step(tiny_experiment: Experiment) -> Experiment:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_peak_is_what_a_process_grows_by(
-    one_step: Experiment, tiny_prepared: Path, tmp_path: Path, recompute: bool
+    one_step: Experiment, tiny_prepared: Prepared, tmp_path: Path, recompute: bool
 ) -> None:
     training = one_step.training.model_copy(update={"gradient_checkpointing": recompute})
     experiment = one_step.model_copy(update={"training": training})
@@ -164,7 +165,7 @@ def test_the_peak_is_what_a_process_grows_by(
     script.write_text(PEAK)
     grew = []
     for _ in range(3):  # what is freed late, by chance, only adds
-        text = child(str(script), experiment.model_dump_json(), str(tiny_prepared))
+        text = child(str(script), experiment.model_dump_json(), tiny_prepared)
         grew.append(int(text.splitlines()[-1].removeprefix("grew ")))
         if grew[-1] <= 1.25 * predicted:
             break
@@ -173,12 +174,12 @@ def test_the_peak_is_what_a_process_grows_by(
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=8)])
 def test_matrix_products_are_those_that_pytorch_counts(
-    one_step: Experiment, tiny_prepared: Path, lora: LoraConfig | None
+    one_step: Experiment, tiny_prepared: Prepared, lora: LoraConfig | None
 ) -> None:
     backbone_config = PresetBackbone(size="tiny", vocabulary=400).model_copy(update={"lora": lora})
     experiment = one_step.model_copy(update={"backbone": backbone_config})
     needs = requirements(experiment, tiny_prepared)
-    space, dataset = ItemSpace.load(tiny_prepared / "items"), Dataset.load(tiny_prepared / "dataset")
+    space, dataset = ItemSpace.load(tiny_prepared.items), Dataset.load(tiny_prepared.dataset)
     backbone = starting_backbone(experiment, space)
     assert needs.shape == Shape.of(backbone)
     objective = build_objective(experiment.objective, backbone.num_layers, space.trie)
@@ -199,7 +200,7 @@ def test_validation_at_stage_3_needs_a_whole_copy() -> None:
     assert memory(shape, training.model_copy(update={"zero_stage": 2}), 64, True, 2000).validation == 0
 
 
-def test_what_fits_is_the_smallest_change(one_step: Experiment, tiny_prepared: Path) -> None:
+def test_what_fits_is_the_smallest_change(one_step: Experiment, tiny_prepared: Prepared) -> None:
     needs = requirements(one_step, tiny_prepared)
     as_it_is = needs.memory().total
     assert needs.that_fit(as_it_is) == {}

@@ -18,19 +18,26 @@ from torch import Tensor
 
 from objectives.config import ILRecConfig, MSLConfig
 from recommender import golden
+from recommender.bundle import read_manifest
 from recommender.config import LoraConfig
 from recommender.errors import UserError
+from recommender.models import Version
 from recommender.recommender import Recommender
 from tests.brute_force import BruteForce
 from tests.event_files import points
+from tests.versions import directory_of
 from trainer import fit
 from trainer.data.config import InteractionsData
 from trainer.data.dataset import Dataset
 from trainer.evaluation.evaluation import Report, evaluate
 from trainer.evaluation.ranking import held_out
+from trainer.evaluation.saved import Saved
 from trainer.experiment import Experiment
 from trainer.loop.checkpoint import read_state
+from trainer.loop.launch import Trained
+from trainer.parts import Prepared
 from trainer.prepare import prepare
+from trainer.run import prepared_of
 from trainer.world.simulator import simulate
 
 STEPS = 18  # three epochs of six
@@ -174,57 +181,56 @@ def experiment(tiny_experiment: Experiment, tmp_path_factory: pytest.TempPathFac
     return changed(tiny_experiment, objective=MSLConfig(), cluster={"storage": storage})
 
 
-def train_with(worker: Callable[..., Any], experiment: Experiment, prepared: Path) -> Path:
+def train_with(worker: Callable[..., Any], experiment: Experiment, prepared: Prepared) -> Version:
     """`fit.train` with another function on the workers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "torch_trainer", partial(fit.torch_trainer, worker=worker))
-        experiment.run_dir.mkdir(parents=True, exist_ok=True)
         return fit.train(experiment, prepared, quiet)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster: None, experiment: Experiment, tiny_prepared: Path) -> Experiment:
+def undisturbed(ray_cluster: None, experiment: Experiment, tiny_prepared: Prepared) -> Experiment:
     """Two workers, ZeRO 2."""
     run = changed(experiment, name="undisturbed")
-    run.run_dir.mkdir(parents=True)
     fit.train(run, tiny_prepared, quiet)
     return run
 
 
 @pytest.fixture(scope="module")
-def disturbed(ray_cluster: None, experiment: Experiment, tiny_prepared: Path) -> tuple[Experiment, Path]:
+def disturbed(ray_cluster: None, experiment: Experiment, tiny_prepared: Prepared) -> tuple[Experiment, Path]:
     """Killed in the first epoch, restarted by Ray, killed in the second, then gone on with one worker and ZeRO 3."""
     run = changed(experiment, name="disturbed", cluster={"max_failures": 1})
-    marks = run.run_dir / "marks"
+    marks = run.storage / "marks"
     marks.mkdir(parents=True)
     with pytest.raises(UserError, match=r"training failed on worker \d, and .* restarts are used up"):
         train_with(partial(dying_worker, deaths=[(1, 5), (0, 6)], marks=str(marks)), run, tiny_prepared)
-    assert "Training failed due to worker errors" in (run.run_dir / "failure.txt").read_text()
+    assert "Training failed due to worker errors" in (directory_of(run) / "failure.txt").read_text()
     run = changed(run, cluster={"workers": 1}, training={"zero_stage": 3})
     train_with(partial(dying_worker, deaths=[], marks=str(marks)), run, tiny_prepared)
     return run, marks
 
 
 @pytest.fixture(scope="module")
-def repeated(disturbed: tuple[Experiment, Path], tiny_prepared: Path) -> tuple[Experiment, str, str]:
+def repeated(disturbed: tuple[Experiment, Path], tiny_prepared: Prepared) -> tuple[Experiment, str, str]:
     """The finished run once more, its bundle lost; what the run's log said before, and what it says now."""
     run, _ = disturbed
-    log = run.run_dir / "train.log"
+    log = directory_of(run) / "train.log"
     before = log.read_text()
-    shutil.rmtree(run.run_dir / "bundle")
+    shutil.rmtree(directory_of(run) / "bundle")
     fit.train(run, tiny_prepared, quiet)
+    assert [version.number for version in run.model.versions] == [1]
     return run, before, log.read_text()
 
 
 def last(run: Experiment, step: int = STEPS) -> Path:
-    return run.run_dir / "ray" / f"step-{step:08d}"
+    return directory_of(run) / "ray" / f"step-{step:08d}"
 
 
 @pytest.fixture(scope="module")
-def new_interactions(experiment: Experiment, tiny_prepared: Path) -> InteractionsData:
+def new_interactions(experiment: Experiment, tiny_prepared: Prepared) -> InteractionsData:
     """Other users of the same items, bought later."""
     assert experiment.world is not None
-    world = experiment.run_dir.parent / "new"
+    world = experiment.storage / "new"
     simulate(experiment.world.model_copy(update={"users": 40}), world, quiet)
     return InteractionsData(
         format="interactions", interactions=str(world / "interactions.csv.gz"), items=str(world / "items.jsonl.gz")
@@ -233,11 +239,11 @@ def new_interactions(experiment: Experiment, tiny_prepared: Path) -> Interaction
 
 @pytest.fixture(scope="module")
 def cases(
-    undisturbed: Experiment, experiment: Experiment, tiny_prepared: Path, new_interactions: InteractionsData
+    undisturbed: Experiment, experiment: Experiment, tiny_prepared: Prepared, new_interactions: InteractionsData
 ) -> dict[str, Any]:
     """Many small runs in one launch of two workers; the launch's own experiment is one that breaks."""
-    bundle = str(undisturbed.run_dir / "bundle")
-    directory = experiment.run_dir.parent / "cases"
+    bundle = str(directory_of(undisturbed) / "bundle")
+    directory = experiment.storage / "cases"
     directory.mkdir()
     hidden = ILRecConfig(vocabulary="valid")
     noisy = changed(experiment, objective=hidden, training={"dropout": 0.2, "epochs": 1})
@@ -252,10 +258,12 @@ def cases(
     )
     grown = prepare(more, quiet)
 
-    def case(name: str, run: Experiment, prepared: Path = tiny_prepared, resume: str | None = None) -> dict[str, Any]:
+    def case(
+        name: str, run: Experiment, prepared: Prepared = tiny_prepared, resume: str | None = None
+    ) -> dict[str, Any]:
         return {
             "experiment": run.model_dump_json(),
-            "prepared": str(prepared),
+            "prepared": prepared,
             "directory": str(directory / name),
             "resume_from": resume,
         }
@@ -287,17 +295,15 @@ def cases(
 
 
 @pytest.fixture(scope="module")
-def report(undisturbed: Experiment, tiny_prepared: Path) -> Report:
+def evaluated(undisturbed: Experiment, tiny_prepared: Prepared) -> tuple[Report, Saved]:
     run = undisturbed
-    return evaluate(
-        run.run_dir / "bundle",
-        tiny_prepared / "dataset",
-        "validation",
-        run.run_dir / "evaluation",
-        run.evaluation,
-        run.cluster,
-        quiet,
-    )
+    bundle = directory_of(run) / "bundle"
+    return evaluate(bundle, tiny_prepared.dataset, "validation", run.evaluation, run.cluster, quiet)
+
+
+@pytest.fixture(scope="module")
+def report(evaluated: tuple[Report, Saved]) -> Report:
+    return evaluated[0]
 
 
 # ---- What they must show ---------------------------------------------------------------------------------------------
@@ -319,8 +325,8 @@ def test_killed_twice_and_resumed_elsewhere_equals_undisturbed(
 
 def test_curves_have_each_epoch_once(disturbed: tuple[Experiment, Path]) -> None:
     run, _ = disturbed
-    history = json.loads((run.run_dir / "training.json").read_text())
-    drawn = points(run.run_dir / "tensorboard")
+    history = json.loads((directory_of(run) / "training.json").read_text())
+    drawn = points(directory_of(run) / "tensorboard")
     for name in ("loss", "validation_NDCG@10"):
         expected = [(epoch["step"], pytest.approx(epoch[name])) for epoch in history]
         assert drawn[f"epoch/{name.replace('@', '_')}"] == expected
@@ -333,7 +339,7 @@ def test_a_finished_run_is_exported_again_but_not_trained(
     said = now.removeprefix(before)
     assert f"resumed at step {STEPS} of {STEPS}" in said
     assert "loss" not in said
-    assert farthest(*(load_file(of.run_dir / "bundle" / "model.safetensors") for of in (run, undisturbed))) < 1e-5
+    assert farthest(*(load_file(directory_of(of) / "bundle" / "model.safetensors") for of in (run, undisturbed))) < 1e-5
 
 
 def test_training_learns_and_moves_weights(undisturbed: Experiment, tiny_bundle: Path) -> None:
@@ -373,18 +379,18 @@ def test_a_resumed_run_draws_the_same_dropout_in_bfloat16(cases: dict[str, Any])
 
 def test_the_best_checkpoint_is_exported(undisturbed: Experiment, report: Report) -> None:
     run = undisturbed
-    history = json.loads((run.run_dir / "training.json").read_text())
+    history = json.loads((directory_of(run) / "training.json").read_text())
     assert [epoch["epoch"] for epoch in history] == [1, 2, 3]
     best = max(history, key=lambda epoch: epoch["validation_NDCG@10"])
-    recommender = Recommender.load(run.run_dir / "bundle")
+    recommender = Recommender.load(directory_of(run) / "bundle")
     manifest = recommender.manifest
     golden.check(recommender)
     assert recommender.catalogue.popularity is not None
     assert recommender.catalogue.popularity.sum() > 0
     assert best["epoch"] != 3  # else this test would not tell the best from the last
     assert manifest.metrics["validation_NDCG@10"] == best["validation_NDCG@10"]
-    assert f"Marked: epoch {best['epoch']}," in (run.run_dir / "report.html").read_text()
-    exported = load_file(run.run_dir / "bundle" / "model.safetensors")
+    assert f"Marked: epoch {best['epoch']}," in (directory_of(run) / "report.html").read_text()
+    exported = load_file(directory_of(run) / "bundle" / "model.safetensors")
     saved = weights(last(run, best["step"]))
     names = [name for name in saved if name.startswith("weight/")]
     assert all(torch.equal(exported[name.removeprefix("weight/model.")], saved[name]) for name in names)
@@ -392,7 +398,7 @@ def test_the_best_checkpoint_is_exported(undisturbed: Experiment, report: Report
 
 
 def test_validation_metrics_are_those_of_the_bundle(undisturbed: Experiment, report: Report) -> None:
-    manifest = Recommender.load(undisturbed.run_dir / "bundle").manifest
+    manifest = Recommender.load(directory_of(undisturbed) / "bundle").manifest
     assert report.targets == 60
     assert report.invalid_rate == 0
     assert report.exact_rate == 1
@@ -400,12 +406,14 @@ def test_validation_metrics_are_those_of_the_bundle(undisturbed: Experiment, rep
         assert manifest.metrics[f"validation_{name}"] == pytest.approx(report.metrics["model"][name], abs=1e-12)
 
 
-def test_ranks_are_those_of_brute_force(undisturbed: Experiment, report: Report, tiny_prepared: Path) -> None:
+def test_ranks_are_those_of_brute_force(
+    undisturbed: Experiment, evaluated: tuple[Report, Saved], tiny_prepared: Prepared
+) -> None:
     import pyarrow.parquet as pq
 
-    ranks = pq.read_table(undisturbed.run_dir / "evaluation" / "validation.parquet")["rank"].to_pylist()
-    force = BruteForce(undisturbed.run_dir / "bundle")
-    split = held_out(Dataset.load(tiny_prepared / "dataset"), "validation")
+    ranks = pq.read_table(evaluated[1].per_target)["rank"].to_pylist()
+    force = BruteForce(directory_of(undisturbed) / "bundle")
+    split = held_out(Dataset.load(tiny_prepared.dataset), "validation")
     found = sorted(np.flatnonzero(ranks).tolist())[:3] + sorted(np.flatnonzero(np.equal(ranks, 0)).tolist())[:2]
     assert len(found) == 5
     for at in found:
@@ -422,7 +430,7 @@ def test_early_stopping_stops(cases: dict[str, Any]) -> None:
 
 
 def test_training_starts_from_the_bundle_s_weights(undisturbed: Experiment, cases: dict[str, Any]) -> None:
-    bundle = load_file(undisturbed.run_dir / "bundle" / "model.safetensors")
+    bundle = load_file(directory_of(undisturbed) / "bundle" / "model.safetensors")
     at = max(cases["directory"].glob("stale/step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     kept = {n.removeprefix("weight/model."): w for n, w in weights(at).items() if n.startswith("weight/")}
     assert farthest(kept, bundle) < 1e-6
@@ -430,7 +438,7 @@ def test_training_starts_from_the_bundle_s_weights(undisturbed: Experiment, case
 
 
 @pytest.mark.parametrize("name", ["lora", "lora3"])
-def test_adapters_train_and_are_exported(cases: dict[str, Any], tiny_prepared: Path, name: str) -> None:
+def test_adapters_train_and_are_exported(cases: dict[str, Any], tiny_prepared: Prepared, name: str) -> None:
     import ray.train
 
     run = changed(cases["lora experiment"], name=name)
@@ -438,11 +446,12 @@ def test_adapters_train_and_are_exported(cases: dict[str, Any], tiny_prepared: P
     names = [tensor for tensor in weights(at) if tensor.startswith("weight/")]
     assert names
     assert all("lora_" in tensor for tensor in names)
-    run.run_dir.mkdir()
-    history = curve(at)
-    bundle = fit.export(run, tiny_prepared, ray.train.Checkpoint.from_directory(str(at)), history[-1], history)
+    history, version = curve(at), run.model.begin()
+    trained = Trained(ray.train.Checkpoint.from_directory(str(at)), history[-1], history)
+    fit.export(run, version, tiny_prepared, trained)
+    bundle = version.bundle
     assert not (bundle / "model.safetensors").exists()
-    split = held_out(Dataset.load(tiny_prepared / "dataset"), "validation")
+    split = held_out(Dataset.load(tiny_prepared.dataset), "validation")
     recommender = Recommender.load(bundle)
     force, base = BruteForce(bundle), BruteForce(Path(str(run.init_from)))
     items = split.histories[0]
@@ -458,13 +467,34 @@ def test_adapters_learn_alike_under_zero_2_and_3(cases: dict[str, Any]) -> None:
     assert_same_curve(*map(curve, at))
 
 
+def test_a_finished_run_is_not_touched(
+    undisturbed: Experiment, tiny_prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "connect", lambda: pytest.fail("Ray was started"))
+    before = {path: path.stat().st_mtime_ns for path in directory_of(undisturbed).rglob("*")}
+    said: list[str] = []
+    version = fit.train(undisturbed, tiny_prepared, said.append)
+    assert version.bundle == directory_of(undisturbed) / "bundle"
+    assert "undisturbed@1 is trained already" in said[-1]
+    assert {path: path.stat().st_mtime_ns for path in directory_of(undisturbed).rglob("*")} == before
+
+
+def test_a_bundle_tells_what_it_is(undisturbed: Experiment, tiny_prepared: Prepared) -> None:
+    manifest = read_manifest(directory_of(undisturbed) / "bundle")
+    assert (manifest.name, manifest.version) == ("undisturbed", 1)
+    assert manifest.exported_at > "2026"
+    assert manifest.trained_until.startswith("2021")  # of the world, whose last days are held out
+    assert manifest.data_fingerprint == tiny_prepared.fingerprint
+    assert prepared_of(directory_of(undisturbed) / "bundle") == tiny_prepared
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_with_the_reason(cases: dict[str, Any]) -> None:
     assert "the loss of step 3 is not finite" in cases["refusal"]
     assert "Lower training.learning_rate" in cases["refusal"]
-    log = (cases["broken"].run_dir / "train.log").read_text()
+    log = (directory_of(cases["broken"]) / "train.log").read_text()
     assert log.count("steps an epoch") == 1  # not tried again
     assert "resumed" not in log
-    checkpoints = cases["broken"].run_dir / "ray"
+    checkpoints = directory_of(cases["broken"]) / "ray"
     assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000002"]
 
 
@@ -480,7 +510,7 @@ def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster", "no_launch")
-def test_layers_outside_the_backbone_are_refused(experiment: Experiment, tiny_prepared: Path) -> None:
+def test_layers_outside_the_backbone_are_refused(experiment: Experiment, tiny_prepared: Prepared) -> None:
     outside = ILRecConfig(layers=(3, 4))
     run = experiment.model_copy(update={"name": "refused", "objective": outside})
     with pytest.raises(UserError, match=r"layers \[4\] are not intermediate layers of a backbone with 4 layers"):
@@ -490,13 +520,12 @@ def test_layers_outside_the_backbone_are_refused(experiment: Experiment, tiny_pr
 
 
 @pytest.mark.usefixtures("ray_cluster", "no_launch")
-def test_more_workers_than_cpus_are_refused(experiment: Experiment, tiny_prepared: Path) -> None:
+def test_more_workers_than_cpus_are_refused(experiment: Experiment, tiny_prepared: Prepared) -> None:
     run = changed(experiment, name="refused", cluster={"workers": 64})
     with pytest.raises(UserError, match=r"64 workers x 1 CPU need 64, the Ray cluster has 4; lower cluster\.workers"):
         fit.train(run, tiny_prepared, quiet)
 
 
-@pytest.mark.usefixtures("ray_cluster", "no_launch")
-def test_init_from_nothing_is_refused(experiment: Experiment, tiny_prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere"):
-        fit.train(changed(experiment, name="refused", init_from=str(tmp_path / "nowhere")), tiny_prepared, quiet)
+def test_init_from_nothing_is_refused(experiment: Experiment, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"init_from: .*nowhere: no bundle"):
+        changed(experiment, name="refused", init_from=str(tmp_path / "nowhere")).located()

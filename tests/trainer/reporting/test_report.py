@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from recommender.collaborative.config import SASRecConfig
+from tests.versions import directory_of
 from trainer.data.dataset import Dataset
 from trainer.evaluation.evaluation import evaluate
 from trainer.experiment import Experiment
+from trainer.parts import Prepared
 from trainer.reporting import figures
 from trainer.reporting.report import rates, segments, thirds, write_report
 
@@ -41,14 +44,21 @@ HISTORY = [
 ]
 
 
-def run_with(experiment: Experiment, prepared: Path, storage: Path, history: Any, **fields: Any) -> Experiment:
+def run_with(experiment: Experiment, storage: Path, history: Any, **fields: Any) -> Experiment:
     """An experiment in a storage of its own, whose epochs were `history`."""
     cluster = experiment.cluster.model_copy(update={"storage": str(storage)})
     run = experiment.model_copy(update={"cluster": cluster, **fields})
-    run.run_dir.mkdir()
-    (run.run_dir / "prepared").symlink_to(prepared)
-    (run.run_dir / "training.json").write_text(json.dumps(history))
+    (run.model.begin().directory / "training.json").write_text(json.dumps(history))
     return run
+
+
+Draw = Callable[[Experiment], str]
+
+
+@pytest.fixture
+def draw(tiny_prepared: Prepared) -> Draw:
+    """The page of an experiment's latest version."""
+    return lambda run: write_report(run, directory_of(run), tiny_prepared).read_text()
 
 
 def panels(page: str) -> dict[str, ElementTree.Element]:
@@ -58,12 +68,12 @@ def panels(page: str) -> dict[str, ElementTree.Element]:
 
 
 @pytest.fixture
-def trained(tiny_experiment: Experiment, tiny_prepared: Path, tmp_path: Path) -> Experiment:
-    return run_with(tiny_experiment, tiny_prepared, tmp_path, HISTORY, name="a.b")
+def trained(tiny_experiment: Experiment, tmp_path: Path) -> Experiment:
+    return run_with(tiny_experiment, tmp_path, HISTORY, name="a.b")
 
 
-def test_every_quantity_has_its_panel(trained: Experiment) -> None:
-    drawn = panels(write_report(trained).read_text())
+def test_every_quantity_has_its_panel(trained: Experiment, draw: Draw) -> None:
+    drawn = panels(draw(trained))
     assert {"Loss", "CPD", "Negatives", "novel_term", "Learning rate", "Throughput", "Validation NDCG@10"} <= set(drawn)
     assert "CRR" not in drawn
     for drawing in drawn.values():
@@ -75,8 +85,8 @@ def test_every_quantity_has_its_panel(trained: Experiment) -> None:
     assert heights == sorted(heights)  # it falls, and y grows downwards
 
 
-def test_the_chosen_epoch_is_marked(trained: Experiment) -> None:
-    page = write_report(trained).read_text()
+def test_the_chosen_epoch_is_marked(trained: Experiment, draw: Draw) -> None:
+    page = draw(trained)
     validation = panels(page)["Validation NDCG@10"]
     (mark,) = (line for line in validation.findall("line") if line.get("class") == "chosen")
     best = min(validation.findall("circle"), key=lambda dot: float(dot.attrib["cy"]))
@@ -85,32 +95,32 @@ def test_the_chosen_epoch_is_marked(trained: Experiment) -> None:
     assert "Epoch 2 of 3 is the best: validation NDCG@10 0.3000." in page
 
 
-def test_the_page_fetches_nothing(trained: Experiment) -> None:
-    page = write_report(trained).read_text()
+def test_the_page_fetches_nothing(trained: Experiment, draw: Draw) -> None:
+    page = draw(trained)
     assert "<script" not in page
     assert "://" not in page
     assert "<link" not in page
 
 
-def test_it_shows_data_and_config(trained: Experiment, tiny_prepared: Path) -> None:
-    page = write_report(trained).read_text()
-    interactions = Dataset.load(tiny_prepared / "dataset").stats["interactions"]
+def test_it_shows_data_and_config(trained: Experiment, draw: Draw, tiny_prepared: Prepared) -> None:
+    page = draw(trained)
+    interactions = Dataset.load(tiny_prepared.dataset).stats["interactions"]
     assert f"<td>interactions<td>{interactions:,} (density" in page
     assert "vocabulary: 400" in page
     assert '<a href="training.json">' in page
     assert '<a href="ray">' not in page  # it is not there
 
 
-def test_one_epoch_is_enough(tiny_experiment: Experiment, tiny_prepared: Path, tmp_path: Path) -> None:
-    run = run_with(tiny_experiment, tiny_prepared, tmp_path, HISTORY[:1])
-    page = write_report(run).read_text()
+def test_one_epoch_is_enough(tiny_experiment: Experiment, draw: Draw, tmp_path: Path) -> None:
+    run = run_with(tiny_experiment, tmp_path, HISTORY[:1])
+    page = draw(run)
     assert "nan" not in page
     assert len(panels(page)["Loss"].findall("circle")) == 1
 
 
-def test_a_collaborative_model_has_its_page(tiny_experiment: Experiment, tiny_prepared: Path, tmp_path: Path) -> None:
-    run = run_with(tiny_experiment, tiny_prepared, tmp_path, HISTORY, recommender=SASRecConfig())
-    page = write_report(run).read_text()
+def test_a_collaborative_model_has_its_page(tiny_experiment: Experiment, draw: Draw, tmp_path: Path) -> None:
+    run = run_with(tiny_experiment, tmp_path, HISTORY, recommender=SASRecConfig())
+    page = draw(run)
     assert "A collaborative model, sasrec." in page
     assert "Learning rate" not in panels(page)
 
@@ -123,15 +133,16 @@ def test_the_rate_is_that_of_the_whole_schedule(trained: Experiment) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_an_evaluation_is_shown(trained: Experiment, tiny_prepared: Path, tiny_bundle: Path) -> None:
-    dataset, out = Dataset.load(tiny_prepared / "dataset"), trained.run_dir / "evaluation"
-    found = evaluate(tiny_bundle, dataset.path, "test", out, trained.evaluation, trained.cluster, lambda text: None)
-    table = pq.read_table(out / "test.parquet")
+def test_an_evaluation_is_shown(trained: Experiment, draw: Draw, tiny_prepared: Prepared, tiny_bundle: Path) -> None:
+    dataset, bundle = Dataset.load(tiny_prepared.dataset), directory_of(trained) / "bundle"
+    bundle.symlink_to(tiny_bundle)
+    found, saved = evaluate(bundle, dataset.path, "test", trained.evaluation, trained.cluster, lambda text: None)
+    table = pq.read_table(saved.per_target)
     columns = (table[name].to_pylist() for name in ("target_item_id", "rank", "recommended"))
     for item, rank, listed in zip(*columns, strict=True):
         assert (listed.index(item) + 1 if item in listed else 0) == rank
         assert len(listed) == 20
-    page = write_report(trained).read_text()
+    page = draw(trained)
     model = found.metrics["model"]["NDCG@10"]
     assert f"Test NDCG@10 {model:.4f}; most-popular reaches {found.metrics['most_popular']['NDCG@10']:.4f}." in page
     assert figures.interval(model, *found.intervals["model"]["NDCG@10"]) in page

@@ -33,8 +33,8 @@ def experiment(directory: Path, **services: Any) -> Experiment:
 def train_twice(run: Experiment) -> None:
     """Three steps; then, gone on from the second, two more. What is said is an error here."""
     for first, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        open_runs(run)
-        curves = Curves(run.run_dir, 0, first, Tracking(run, pytest.fail))
+        open_runs(run, run.storage)
+        curves = Curves(run.storage, 0, first, Tracking(run, run.storage, pytest.fail))
         for step in steps:
             curves.add("epoch", {"validation_NDCG@10": step / 10}, step)
     curves.close()
@@ -57,8 +57,8 @@ def mlflow_run(directory: Path) -> tuple[Experiment, Callable[[], tuple[Any, Any
 def test_a_run_that_fails_or_is_stopped_does_not_seem_to_go_on(tmp_path: Path) -> None:
     run, found = mlflow_run(tmp_path)
     for error, status in ((UserError("out of memory"), "FAILED"), (SystemExit(0), "KILLED")):
-        with suppress(type(error)), tracked(run):
-            Tracking(run, pytest.fail)
+        with suppress(type(error)), tracked(run, run.storage):
+            Tracking(run, run.storage, pytest.fail)
             assert found()[1].info.status == "RUNNING"
             raise error
         assert found()[1].info.status == status
@@ -79,8 +79,8 @@ def test_a_resumed_run_goes_on_in_the_same_offline_wandb_run(tmp_path: Path) -> 
     pytest.importorskip("wandb", reason="needs wandb, which is optional")
     run = experiment(tmp_path, wandb={})
     train_twice(run)
-    name = json.loads((run.run_dir / TRACKING).read_text())["wandb"]
-    assert list((run.run_dir / "wandb").glob(f"offline-run-*-{name}/*.wandb"))
+    name = json.loads((run.storage / TRACKING).read_text())["wandb"]
+    assert list((run.storage / "wandb").glob(f"offline-run-*-{name}/*.wandb"))
 
 
 @pytest.mark.parametrize(("name", "values"), [("mlflow", {"uri": "http://tracking:5000"}), ("wandb", {})])
@@ -91,16 +91,15 @@ def test_a_missing_package_is_named_before_anything_starts(tmp_path: Path, name:
     with pytest.raises(UserError, match=f"tracking.{name}: the package is missing: pip install {name}"):
         check_tracking(run.tracking)
     with pytest.raises(UserError, match="is missing"):
-        open_runs(run)
+        open_runs(run, run.storage)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_service_that_fails_does_not_stop_training(tmp_path: Path) -> None:
     run = experiment(tmp_path, mlflow={"uri": "sqlite:////nowhere/at/all.db"})
-    run.run_dir.mkdir()
-    (run.run_dir / TRACKING).write_text('{"mlflow": "1"}')
+    (run.storage / TRACKING).write_text('{"mlflow": "1"}')
     said: list[str] = []
-    curves = Curves(run.run_dir, 0, 0, Tracking(run, said.append))
+    curves = Curves(run.storage, 0, 0, Tracking(run, run.storage, said.append))
     curves.add("training", {"loss": 1.0}, 1)
     curves.add("training", {"loss": 1.0}, 2)
     curves.close()
