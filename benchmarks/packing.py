@@ -37,8 +37,8 @@ from rich.table import Table
 from benchmarks.timing import in_turns, milliseconds, ratio, spread
 from objectives.config import LMLConfig
 from objectives.objective import build_objective
-from recommender.backbone.attention import choose_attention
 from recommender.backbone.backbone import Backbone, load_backbone
+from recommender.backbone.flex import choose_attention
 from recommender.backbone.tree import PADDING_MULTIPLE, Row, padded_length
 from recommender.errors import UserError
 from recommender.items.item_space import ItemSpace

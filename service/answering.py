@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recommender.config import SearchConfig
 from recommender.recommendation import Recommendation
 from service.queries import Query, RankQuery
-
-if TYPE_CHECKING:
-    from service.models import Served
+from service.served import Served
 
 
 def answer(served: Served, queries: Sequence[Query | RankQuery]) -> list[Recommendation]:

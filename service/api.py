@@ -20,10 +20,11 @@ from service.batching import Busy
 from service.limits import BodyLimit
 from service.logs import FeedbackLog, RequestLog
 from service.metrics import MEDIA_TYPE
-from service.models import Models, Served
+from service.models import Model, Models
 from service.problems import Problem
 from service.queries import Resolver
 from service.schema import FieldError
+from service.served import Served
 
 DESCRIPTION = """The next items for a user's history: the top-K of the whole catalogue by the model's scores.
 
@@ -158,7 +159,7 @@ class _Asking:
         self.metrics = models.metrics
         self._feedback = FeedbackLog(self.config.feedback_log) if self.config.feedback_log else None
 
-    def served(self, name: str | None, field: str = "model") -> Served:
+    def served(self, name: str | None, field: str = "model") -> Model:
         """The model of this name.
 
         Raises:
@@ -177,10 +178,10 @@ class _Asking:
     ) -> list[schema.RecommendationResponse]:
         """The answers to requests, one after the other; each may ask a model of its own."""
         started = time.perf_counter()
-        resolvers = [Resolver(self.served(a.model, f"{p}model"), p) for a, p in zip(asked, prefixes, strict=True)]
+        chosen = [self.served(a.model, f"{p}model") for a, p in zip(asked, prefixes, strict=True)]
+        resolvers = [Resolver(served, prefix) for served, prefix in zip(chosen, prefixes, strict=True)]
         resolved = [resolver.query(each) for resolver, each in zip(resolvers, asked, strict=True)]
         _refuse_faults(resolvers)
-        chosen = [resolver.served for resolver in resolvers]
         self._note(request, chosen, requests=len(asked), history=[each.history for each in asked])
         found = await self._answers(chosen, resolved)
         took = round((time.perf_counter() - started) * 1e3, 2)
@@ -206,8 +207,9 @@ class _Asking:
     async def ranking(self, request: Request, asked: schema.RankRequest) -> schema.RankResponse:
         """The candidates of a request, ordered."""
         started = time.perf_counter()
-        resolver = Resolver(self.served(asked.model))
-        query, served = resolver.rank_query(asked), resolver.served
+        served = self.served(asked.model)
+        resolver = Resolver(served)
+        query = resolver.rank_query(asked)
         _refuse_faults([resolver])
         self._note(request, [served], candidates=len(query.candidates), history=[asked.history])
         [found] = await self._answers([served], [query])
@@ -220,7 +222,7 @@ class _Asking:
         )
 
     async def _answers(
-        self, chosen: Sequence[Served], asked: Sequence[queries.Query | queries.RankQuery]
+        self, chosen: Sequence[Model], asked: Sequence[queries.Query | queries.RankQuery]
     ) -> list[Recommendation]:
         """Wait for the answers, or give up.
 

@@ -12,10 +12,6 @@ import torch
 
 from recommender import golden
 from recommender.backbone.bases import Bases
-from recommender.catalogue.catalogue import Catalogue
-from recommender.catalogue.columns import columns_of
-from recommender.catalogue.popularity import MostPopular
-from recommender.catalogue.title_search import TitleSearch
 from recommender.errors import UserError
 from recommender.loading import load_recommender
 from recommender.recommendation import AnyRecommender, Recommendation
@@ -25,14 +21,14 @@ from service.config import ServingConfig
 from service.logs import logger
 from service.metrics import Metrics
 from service.queries import Query, RankQuery
+from service.served import Served
 
 
-class Served:
-    """A recommender with what requests need around it: indices of its catalogue, its fallback, its queue.
+class Model(Served):
+    """What is served under one name, and the queue of those who ask it.
 
     Args:
-        name: that requests call it by.
-        recommender: has passed its self-check.
+        name, recommender: as in `Served`.
         config: the endpoint's.
         thread: that the replica's recommenders share.
         metrics: told of its batches.
@@ -41,14 +37,7 @@ class Served:
     def __init__(
         self, name: str, recommender: AnyRecommender, config: ServingConfig, thread: SearchThread, metrics: Metrics
     ):
-        self.name = name
-        self.recommender = recommender
-        self.catalogue: Catalogue = recommender.catalogue
-        self.columns = columns_of(self.catalogue)
-        self.titles = TitleSearch(self.catalogue)
-        self.popular = None
-        if config.fallback == "popular" and self.catalogue.popularity is not None:
-            self.popular = MostPopular(self.catalogue.popularity)
+        super().__init__(name, recommender, fallback=config.fallback == "popular")
         self.batcher: Batcher[Query | RankQuery, Recommendation] = Batcher(
             lambda queries: answer(self, queries),
             lambda query: tokens(self, query),
@@ -78,14 +67,14 @@ class Models:
         self._thread = SearchThread(config.threads)
         self._bases = Bases()
         self._swapping = asyncio.Lock()
-        self._served: dict[str, Served] = {}
+        self._served: dict[str, Model] = {}
 
     @property
-    def served(self) -> list[Served]:
+    def served(self) -> list[Model]:
         """All of them, the default first."""
         return list(self._served.values())
 
-    def get(self, name: str | None) -> Served | None:
+    def get(self, name: str | None) -> Model | None:
         """A model by name, or the default; None when there is none."""
         return next(iter(self._served.values()), None) if name is None else self._served.get(name)
 
@@ -139,10 +128,10 @@ class Models:
         if self._thread.busy_seconds > max(60.0, 10 * self.config.timeout_seconds):
             raise RuntimeError(f"a batch has been computed for {self._thread.busy_seconds:.0f} s")
 
-    def _open(self, bundles: Mapping[str, str]) -> dict[str, Served]:
+    def _open(self, bundles: Mapping[str, str]) -> dict[str, Model]:
         return {name: self._opened(name, Path(path).expanduser()) for name, path in bundles.items()}
 
-    def _opened(self, name: str, path: Path) -> Served:
+    def _opened(self, name: str, path: Path) -> Model:
         try:
             device = "cuda" if self.config.gpus_per_replica else "cpu"
             dtype = None if self.config.precision is None else getattr(torch, self.config.precision)
@@ -155,5 +144,5 @@ class Models:
         except Exception as error:  # whatever a library says of a bundle, the replica lives on
             raise UserError(f"{path}: cannot be served: {type(error).__name__}: {error}") from error
 
-    def _around(self, name: str, recommender: AnyRecommender) -> Served:
-        return Served(name, recommender, self.config, self._thread, self.metrics)
+    def _around(self, name: str, recommender: AnyRecommender) -> Model:
+        return Model(name, recommender, self.config, self._thread, self.metrics)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,9 +12,7 @@ from recommender.catalogue.columns import Column
 from recommender.config import Score, SearchConfig
 from service import schema
 from service.schema import FieldError
-
-if TYPE_CHECKING:
-    from service.models import Served
+from service.served import Served
 
 _FEW = 20  # columns that an error lists
 _HINTS = 20  # unknown items for which similar titles are looked up

@@ -1,12 +1,12 @@
 """Which attention computes prompt trees: SDPA under a boolean mask, or FlexAttention, which skips blocks.
 
 The mask of a call decides: under a packed one (searches) SDPA computes block by block, a block mask goes to
-FlexAttention, all else to SDPA as `transformers` has it. FlexAttention trains on GPUs only.
+FlexAttention, all else to SDPA as `transformers` has it. `recommender/backbone/flex.py` says who gets block masks.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from recommender.backbone.packing import PackedMask
 from recommender.errors import UserError
@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.nn.attention.flex_attention import BlockMask
 
-    from recommender.backbone.backbone import Backbone
-
-# Padded to whole blocks, shorter rows grow by more than they could skip. On paper: no GPU was at hand to measure it.
-_LONG = 512
-_DROPOUT = ("attention_dropout", "attn_pdrop", "attn_dropout")  # in models' configs
 _NAME = "prompt_trees"
 _REMEDY = "use a Llama-, Qwen-, GPT-2- or OPT-like model"
 
@@ -41,36 +36,6 @@ def route_attention(decoder: Any) -> None:
     AttentionInterface.register(_NAME, _by_mask)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
     decoder.set_attn_implementation(_NAME)
-
-
-def choose_attention(backbone: Backbone, wanted: Literal["auto", "sdpa", "flex"]) -> None:
-    """Let a backbone, on the device that it trains on, compute tree rows with FlexAttention where that is right.
-
-    Args:
-        wanted: auto: rows of at least 512 tokens on GPUs, if the model can; flex: all rows that branch; sdpa: none.
-
-    Raises:
-        UserError: flex is wanted and cannot be had.
-    """
-    if wanted == "sdpa":
-        return
-    reason = against_flex(backbone.decoder, backbone.device.type)
-    if reason is None:
-        backbone.blocks_from = _LONG if wanted == "auto" else 0
-    elif wanted == "flex":
-        raise UserError(f"training.attention: flex: {reason}; use auto")
-
-
-def against_flex(decoder: Any, device: str) -> str | None:
-    """Why FlexAttention cannot train a decoder on a type of device; None if it can."""
-    model = type(decoder).__name__
-    if device != "cuda":
-        return "PyTorch's FlexAttention trains on GPUs only"
-    if not decoder._supports_flex_attn:
-        return f"{model} does not support FlexAttention"
-    if any(getattr(decoder.config, name, 0) for name in _DROPOUT):
-        return f"{model} drops out attention weights, which FlexAttention cannot"
-    return None
 
 
 def _by_mask(

@@ -39,7 +39,7 @@ class Backbone:
         vocabulary: number of rows of the prediction layer, V.
         context: tokens of the longest path that it can read.
         blocks_from: tokens from which on rows that branch are for FlexAttention, see
-            `recommender/backbone/attention.py`; None = never.
+            `recommender/backbone/flex.py`; None = never.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase):

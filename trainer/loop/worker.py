@@ -23,15 +23,15 @@ import torch.distributed as dist
 from objectives.config import ILRecConfig, ObjectiveConfig
 from objectives.objective import build_objective
 from objectives.rewards import RewardSource
-from recommender.backbone.attention import choose_attention
 from recommender.backbone.backbone import Backbone, load_backbone
-from recommender.backbone.probe import check_tree, flex_fault
+from recommender.backbone.flex import choose_attention
 from recommender.backbone.tree import Row, collate, padded_length
 from recommender.bundle import Manifest
 from recommender.collaborative.recommender import load_model
 from recommender.errors import UserError
 from recommender.items.item_space import ItemSpace
 from recommender.metrics import metric_values
+from recommender.probe import check_tree, flex_fault
 from recommender.recommender import Recommender, starting_point
 from trainer.config import TrainingConfig
 from trainer.data.dataset import Dataset

@@ -10,12 +10,12 @@ import transformers.integrations.flex_attention as integration
 from torch.nn.attention import flex_attention as flex
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from recommender.backbone.attention import against_flex, choose_attention
 from recommender.backbone.backbone import Backbone, add_lora, train_tokenizer
-from recommender.backbone.probe import flex_fault, flex_mismatch
+from recommender.backbone.flex import against_flex, choose_attention
 from recommender.backbone.tree import BLOCK, Batch, Row, Sample, ancestor_blocks, ancestor_mask, build_row, collate
 from recommender.config import LoraConfig
 from recommender.errors import UserError
+from recommender.probe import flex_fault, flex_mismatch
 
 VOCABULARY = 300
 

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from recommender.backbone.backbone import Backbone, load_backbone, train_tokenizer
-from recommender.backbone.probe import check_tree, packed_mismatch, tree_mismatch
 from recommender.backbone.tree import Sample, ancestor_mask, build_row, collate
 from recommender.config import PresetBackbone
 from recommender.errors import UserError
+from recommender.probe import check_tree, packed_mismatch, tree_mismatch
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 
@@ -97,7 +97,7 @@ def test_a_backbone_that_makes_masks_of_its_own_is_found_out() -> None:
 
 @pytest.mark.parametrize("check", ["tree_mismatch", "packed_mismatch", "_logits_mismatch"])
 def test_no_check_passes_by_not_a_number(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"recommender.backbone.probe.{check}", lambda *_: float("nan"))
+    monkeypatch.setattr(f"recommender.probe.{check}", lambda *_: float("nan"))
     with pytest.raises(UserError, match=r"prompt trees|logits"):
         check_tree(_backbone(LlamaForCausalLM(LlamaConfig(**SMALL))), 96)
 

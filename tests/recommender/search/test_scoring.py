@@ -16,9 +16,9 @@ from recommender import golden
 from recommender.bundle import MANIFEST, Manifest, read_manifest
 from recommender.catalogue.catalogue import Catalogue
 from recommender.catalogue.columns import columns_of
-from recommender.catalogue.popularity import MostPopular
 from recommender.catalogue.title_search import TitleSearch
 from recommender.collaborative.config import SASRecConfig
+from recommender.collaborative.popularity import MostPopular
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
 from recommender.config import PromptConfig, Score, SearchConfig
 from recommender.errors import UserError
