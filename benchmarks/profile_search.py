@@ -55,6 +55,14 @@ class SpannedBackbone(Backbone):
         with record_function(FORWARD):
             return super().appended(*args)
 
+    def logits(self, *args: Any) -> torch.Tensor:
+        with record_function(LOGITS):
+            return super().logits(*args)
+
+    def logits_of(self, *args: Any) -> torch.Tensor:
+        with record_function(LOGITS):
+            return super().logits_of(*args)
+
     def logits_among(self, *args: Any) -> torch.Tensor:
         with record_function(LOGITS):
             return super().logits_among(*args)
@@ -74,10 +82,6 @@ class SpannedSearch(TreeSearch):
     def _receive(self, *args: Any) -> None:
         with record_function(RECEIVE):
             super()._receive(*args)
-
-    def logits(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        with record_function(LOGITS):
-            return super().logits(*args, **kwargs)
 
 
 _SPANS = {FORWARD, CHOOSE, EXPAND, RECEIVE, LOGITS}

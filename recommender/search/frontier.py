@@ -1,7 +1,11 @@
-"""The state of a search: for each history the items that are finished and the nodes that are open, best first."""
+"""The state of a search: for each history the items that are finished and the nodes that are open, best first.
+
+Shapes are those of `recommender/search/search.py`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,10 +40,13 @@ class Ranking:
     exact: bool
     expansions: int
 
+    def __post_init__(self) -> None:
+        assert self.items.shape == self.scores.shape
+
 
 @dataclass
 class Rows:
-    """The state of each history. Places are filled with keys, best first: see `keys_of`."""
+    """The state of each history. Places are filled with keys, best first: see `keys_of`. All is int64."""
 
     index: torch.Tensor  # [R], its place in the caller's batch
     prompt_length: torch.Tensor  # [R]
@@ -52,6 +59,41 @@ class Rows:
     expansions: torch.Tensor  # [R]
     allowed: Allowed | None  # by `index`
 
+    def __post_init__(self) -> None:
+        assert self.open_key.shape == self.open_node.shape == self.open_parent.shape
+        assert len(self.finished) == len(self.open_key) == len(self)
+        assert self.prompt_length.shape == self.wanted.shape == self.dropped.shape == self.expansions.shape
+
+    @classmethod
+    def opened(
+        cls, prompt_lengths: Sequence[int], ks: Sequence[int], items: int, allowed: Allowed | None, device: torch.device
+    ) -> Rows:
+        """Histories of which nothing is known yet: no item is finished, and no node is open.
+
+        Parameters
+        ----------
+        prompt_lengths, ks : of each history, its tokens and the items wanted, both at least 1
+        items : of the catalogue; more cannot be wanted
+        """
+        count = len(ks)
+        wanted = torch.tensor([min(k, items) for k in ks], device=device)
+        if allowed is not None:
+            row, all_leaves = torch.arange(count, device=device), torch.full((count,), items, device=device)
+            wanted = torch.minimum(wanted, allowed.within(row, torch.zeros_like(row), all_leaves))
+        empty = torch.full((count, 1), NOTHING, device=device)
+        return cls(
+            index=torch.arange(count, device=device),
+            prompt_length=torch.tensor(prompt_lengths, device=device),
+            wanted=wanted,
+            finished=empty.expand(count, min(max(ks), items)),
+            open_key=empty,
+            open_node=torch.zeros_like(empty),
+            open_parent=torch.zeros_like(empty),
+            dropped=empty[:, 0],
+            expansions=torch.zeros(count, dtype=torch.int64, device=device),
+            allowed=allowed,
+        )
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -61,9 +103,11 @@ class Rows:
         return torch.where(self.wanted > 0, key, torch.iinfo(torch.int64).max)
 
     def is_exact(self) -> torch.Tensor:
+        """bool [R], whether nothing that is open, or was dropped, can change the answer."""
         return torch.maximum(self.open_key[:, 0], self.dropped) <= self.last_wanted()
 
     def keep_open(self, places: int) -> None:
+        """Forget all but the first open nodes: the others cannot change an answer any more."""
         self.open_key, self.open_node = self.open_key[:, :places], self.open_node[:, :places]
         self.open_parent = self.open_parent[:, :places]
 
@@ -77,7 +121,14 @@ class Rows:
         widest: int,
         limit: int,
     ) -> None:
-        """Merge entries, given row by row, into the finished items and the at most `limit` open nodes."""
+        """Merge entries, given row by row, into the finished items and the at most `limit` open nodes.
+
+        Parameters
+        ----------
+        row, key, node, parent : int64 [E]; `parent` is the ordinal of the expansion that an entry came of
+        is_finished : bool [E], whether it is an item with its whole score
+        widest : entries of the row with the most
+        """
         place = place_in_row(row, len(self))
 
         def spread(values: torch.Tensor, fill: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from recommender.backbone.cache import TreeCache
 from recommender.backbone.packing import Packing
 from recommender.backbone.tree import Batch, Sample, ancestor_mask, build_row, collate
 from recommender.ragged import ragged
-from recommender.search.search import log_softmax_within
+from recommender.search.logits import log_softmax_within
 
 if TYPE_CHECKING:
     from recommender.config import Score
@@ -106,8 +106,7 @@ class CandidateScorer:
     def _full(
         self, hidden: torch.Tensor, predictor: torch.Tensor, target: torch.Tensor, nodes: torch.Tensor
     ) -> torch.Tensor:
-        logits, norms = self._search.logits(hidden, predictor, target, normalise=True)
-        return logits - norms[predictor]
+        return self._search.logits.log_probabilities(hidden, predictor, target)
 
     def _valid(
         self, hidden: torch.Tensor, predictor: torch.Tensor, target: torch.Tensor, nodes: torch.Tensor
@@ -121,7 +120,7 @@ class CandidateScorer:
         if not len(owner):  # one candidate in all the catalogue: nothing is ever chosen
             return torch.zeros(len(nodes), device=nodes.device)
         child = trie.first_child[node_of[owner]] + nth
-        logits, _ = self._search.logits(hidden, owner, trie.first_token[child], normalise=False)
+        logits = self._search.logits.of(hidden, owner, trie.first_token[child])
         used = torch.cumsum(choosing, 0) - 1  # groups without elements are no groups
         steps = log_softmax_within(logits, counts[choosing], used[owner])
         chosen = self._trie.child_of(nodes.cpu().numpy(), target.cpu().numpy())

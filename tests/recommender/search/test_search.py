@@ -149,7 +149,7 @@ def test_filters_prune_and_never_change_a_score(score: str) -> None:
 
 @pytest.mark.parametrize("few", [0, 10**6], ids=["single logits", "all logits"])
 def test_logits_of_children_alone_are_those_of_all(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recommender.search.search._FEW", few)
+    monkeypatch.setattr("recommender.search.logits._FEW", few)
     for seed in range(2):
         model, identifiers, prompts = llama(seed), catalogue(seed), histories(seed)
         model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCABULARY))
@@ -427,7 +427,7 @@ def test_blocks_of_logits_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         search = tree_search(llama(4), identifiers, score=score)
         whole = search.search(prompts, 8)
         with monkeypatch.context() as patch:
-            patch.setattr("recommender.search.search._LOGITS_AT_ONCE", 3 * VOCABULARY)
+            patch.setattr("recommender.search.logits._AT_ONCE", 3 * VOCABULARY)
             for one, other in zip(whole, search.search(prompts, 8), strict=True):
                 assert one.items.tolist() == other.items.tolist()
                 np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)
