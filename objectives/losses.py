@@ -19,12 +19,22 @@ from torch import Tensor
 
 
 def language_modelling(logits: Tensor, target: Tensor) -> Tensor:
-    """LML: −log softmax(z)[y]."""
+    """LML: −log softmax(z)[y].
+
+    >>> z = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    >>> language_modelling(z, torch.tensor([1]))  # −log 1/4
+    tensor([1.3863])
+    """
     return F.cross_entropy(logits, target, reduction="none")
 
 
 def masked_softmax(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """MSL (Eq. 9 without its factor τ): −log( exp(z_y/τ) / Σ_{v∈C} exp(z_v/τ) ), −inf outside C."""
+    """MSL (Eq. 9 without its factor τ): −log( exp(z_y/τ) / Σ_{v∈C} exp(z_v/τ) ), −inf outside C.
+
+    >>> z = torch.tensor([[4.0, 1.0, 0.0]]).log()  # log 0: not in C
+    >>> masked_softmax(z, torch.tensor([0]), temperature=2.0)  # −log( √4 / (√4 + √1) )
+    tensor([0.4055])
+    """
     return F.cross_entropy(logits / temperature, target, reduction="none")
 
 
@@ -38,6 +48,10 @@ def layer_ensemble(
 
     A.6 gives no formulas; ours: per position, a softmax over the layers of the logits' variance, of minus the entropy,
     or of the top probability.
+
+    >>> layers = [torch.tensor([[0.0, 4.0]]), torch.tensor([[2.0, 2.0]])]
+    >>> layer_ensemble(layers), layer_ensemble(layers, "variance")  # variances 4 and 0: weights e⁴ and e⁰ over the sum
+    (tensor([[1., 3.]]), tensor([[0.0360, 3.9640]]))
     """
     if len(layer_logits) == 1:
         return layer_logits[0].detach()
@@ -95,6 +109,10 @@ def self_hard_negatives(
 
     Args:
         ensemble: ẑ, float32 [P, V].
+
+    >>> z = torch.tensor([[0.3, 0.4, 0.25, 0.05]]).log()
+    >>> self_hard_negatives(z, torch.tensor([0]), alpha=0.8).weight  # p̂ ≥ 0.24: 0.4 / 0.65 and 0.25 / 0.65
+    tensor([[0.0000, 0.6154, 0.3846, 0.0000]])
     """
     of_target = ensemble.gather(1, target[:, None])
     excess = ensemble - (of_target + math.log(alpha) if threshold == "probability" else of_target * alpha)
@@ -115,6 +133,10 @@ def cross_layer_preference(
 
     Without negatives this is plain cross-entropy. The scaled form is not invariant to a shift of z, and for z_v < 0 a
     negative is rewarded instead of penalised. w_y = 0, so the penalised logit of the target is z_y.
+
+    >>> z, one = torch.tensor([[4.0, 2.0]]).log(), torch.tensor([[0.0, 1.0]])
+    >>> cross_layer_preference(z, torch.tensor([0]), SelfHardNegatives(mask=one, weight=one), 1.0)  # log((4 + 2²) / 4)
+    tensor([0.6931])
     """
     if penalty == "additive":
         penalised = torch.add(logits, negatives.weight, alpha=beta)
@@ -134,6 +156,10 @@ def cross_layer_distillation(
     Args:
         layer_logits: z^l, the student.
         log_probabilities: log softmax z^L, the teacher; takes no gradient.
+
+    >>> student, teacher = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    >>> cross_layer_distillation(student, teacher)  # 1/2 log( (1/2) / (1/4) ) + 1/2 log( (1/2) / (3/4) )
+    tensor([0.1438])
     """
     teacher = _zero_outside(log_probabilities.detach(), valid)
     if direction == "student_teacher":
@@ -174,6 +200,10 @@ def soft_labels(
         reward: float32 [P, V]: r_v ∈ [0, 1] where a token leads to items; −1 where it leads to none, and counts as 0.
         negatives: V_N as float32 [P, V], 1 or 0.
         support: H_valid drops the negatives that lead to no item.
+
+    >>> reward, negatives = torch.tensor([[1.0, 0.0, 0.5]]), torch.tensor([[0.0, 1.0, 0.0]])
+    >>> soft_labels(reward, torch.tensor([0]), negatives)  # e¹ / (e¹ + e⁰) and e⁰ / (e¹ + e⁰); the third is not in H
+    tensor([[0.7311, 0.2689, 0.0000]])
     """
     held = negatives if support == "H" else negatives * (reward >= 0)
     held = held.scatter(1, target[:, None], 1.0)
@@ -188,6 +218,10 @@ def collaborative_reward(log_probabilities: Tensor, labels: Tensor, valid: Tenso
     Args:
         log_probabilities: log softmax z^L.
         labels: q, from `soft_labels`.
+
+    >>> log_p, q = torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[0.5, 0.5]])
+    >>> collaborative_reward(log_p, q)  # −1/2 log 1/4 − 1/2 log 3/4
+    tensor([0.8370])
     """
     return -torch.linalg.vecdot(labels, _zero_outside(log_probabilities, valid))
 

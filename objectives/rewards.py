@@ -176,7 +176,12 @@ class _Mass:
         return torch.searchsorted(self._keys, (sample << 32) | leaf) - sample * self._log_r.shape[1]
 
     def between(self, sample: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """float64: the mass of a sample's items between two places."""
+        """float64: the mass of a sample's items between two places.
+
+        >>> mass, first = _Mass(torch.tensor([[0.5, 0.3, 0.2]]).log(), None), torch.tensor([0])
+        >>> mass.between(first, first + 1, first + 2) / mass.between(first, first + 1, first + 3)  # r = 0.3 / 0.5
+        tensor([0.6000], dtype=torch.float64)
+        """
         return self._cumulative[sample, high] - self._cumulative[sample, low]
 
     def shares_within(
