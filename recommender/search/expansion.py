@@ -96,7 +96,7 @@ class Nodes:
         """The root, in every row."""
         zero = torch.zeros(rows, dtype=torch.int64, device=device)
         row, is_open = torch.arange(rows, device=device), torch.ones_like(zero, dtype=torch.bool)
-        return cls(row, zero, zero.float(), zero, zero, is_open, zero)
+        return cls(row, zero, torch.zeros(rows, device=device), zero, zero, is_open, zero)
 
 
 @dataclass(frozen=True)
