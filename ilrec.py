@@ -422,17 +422,21 @@ def extend(
 
 
 @app.command()
-def schema() -> None:
+def schema(
+    readable: Annotated[bool, typer.Option("--readable", help="A page of Markdown to read, not JSON.")] = False,
+) -> None:
     """Print the JSON schema of an experiment: every section, field, default and description.
 
     \b
     ilrec schema > experiment.schema.json
+    ilrec schema --readable > configuration.md
     """
     import json
 
     from trainer.experiment import Experiment
+    from trainer.reference import markdown, sections
 
-    _say(json.dumps(Experiment.model_json_schema(), indent=2))
+    _say(markdown(sections()) if readable else json.dumps(Experiment.model_json_schema(), indent=2))
 
 
 @app.command()
