@@ -1,12 +1,13 @@
 # make install   the environment (.venv), pinned by constraints.txt
 # make test      environment, then all tests
-# make lint      ruff, mypy, import-linter
+# make lint      ruff, mypy, import-linter, and the links of the documentation
+# make docs      the documentation as a site, build/site/index.html; renews docs/configuration.md first
 # make demo      environment, then the main job end to end; make demo CONFIG=configs/office.yaml for any experiment
 PYTHON ?= python3
 CONFIG ?= configs/demo.yaml
 BIN := .venv/bin
 
-.PHONY: install test lint format demo clean
+.PHONY: install test lint format docs demo clean
 
 install: .venv/.installed
 
@@ -25,10 +26,15 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install
+	$(BIN)/ilrec schema --readable > docs/configuration.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: install
 	$(BIN)/ilrec demo $(CONFIG)
