@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import Field
+from typer.testing import CliRunner
 
+from ilrec import app
 from recommender.config import StrictModel
 from trainer.experiment import Experiment
 from trainer.reference import Section, markdown, sections
@@ -35,7 +37,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 
 def test_the_page_is_what_the_command_prints() -> None:
-    assert PAGE.read_text(encoding="utf-8") == markdown(SECTIONS) + "\n", (
+    printed = CliRunner().invoke(app, ["schema", "--readable"]).stdout
+    assert printed == PAGE.read_text(encoding="utf-8"), (
         "docs/configuration.md is out of date; renew it: ilrec schema --readable > docs/configuration.md"
     )
 
