@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from recommender.errors import UserError
+from recommender.quiet import quiet
 
 if TYPE_CHECKING:
     from recommender.models import Version
@@ -677,7 +677,7 @@ def rollback(
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one message and status 2, never a traceback."""
     paths = (NotADirectoryError, IsADirectoryError, FileNotFoundError, FileExistsError, PermissionError)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws one for every load
+    quiet()
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from recommender.errors import UserError
+from recommender.quiet import quiet
 from trainer.config import ClusterConfig
 
 
@@ -25,14 +26,12 @@ def connect(num_cpus: int | None = None) -> None:
     Raises:
         UserError: see `check_address`.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet()
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how long a report waits for the controller
     import ray
 
     if ray.is_initialized():
         return
-    logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {}
     check_address()
     if not os.environ.get("RAY_ADDRESS"):
