@@ -321,20 +321,29 @@ def _listed(history: str) -> list[str]:
 
 @app.command()
 def serve(
-    model: Reference,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL …",
+            help="A model's name, name@version or the path of a bundle; name=… gives it another name for requests.",
+        ),
+    ],
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default 8000.")] = None,
     config: Annotated[Path | None, typer.Option(help="Take the `serving` section of this experiment.")] = None,
-    storage: Storage = Path("runs"),
+    storage: Annotated[
+        Path | None, typer.Option(help="Where models are looked for by name; default: ILREC_STORAGE, or runs.")
+    ] = None,
 ) -> None:
-    """Serve a model over HTTP with Ray Serve until Ctrl-C.
+    """Serve models over HTTP with Ray Serve until Ctrl-C. A bare name follows what is promoted.
 
     \b
     ilrec serve demo
+    ilrec serve shop old=shop@1
+    ilrec serve /models/shop
     curl -s localhost:8000/v1/recommendations -H 'content-type: application/json' \\
          -d '{"history": ["<id or title>"], "k": 5}'
     """
-    from recommender.models import find_bundle
     from service.config import ServingConfig
 
     settings = ServingConfig()
@@ -342,10 +351,12 @@ def serve(
         from trainer.experiment import load_experiment
 
         settings = load_experiment(config).serving
-    given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
+    place = None if storage is None else str(storage.expanduser().absolute())
+    asked = {"host": host, "port": port, "storage": place}
+    given = {name: value for name, value in asked.items() if value is not None}
     from service.app import run
 
-    run(find_bundle(model, storage), settings.model_copy(update=given), blocking=True)
+    run(models, settings.model_copy(update=given), blocking=True)
 
 
 Out = Annotated[

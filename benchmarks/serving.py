@@ -210,7 +210,7 @@ def main() -> None:
         split = held_out(dataset, "validation", args.histories)
         histories = [history[-config.max_history :].tolist() for history in split.histories]
         connect(num_cpus=args.threads + 2)
-        run(bundle, config, blocking=False)
+        run([bundle], config, blocking=False)
     except UserError as error:
         parser.error(str(error))
     named = [[dataset.item_ids[item] for item in history] for history in histories]

@@ -96,7 +96,7 @@ def ask(experiment: Experiment, bundle: Path, dataset: Dataset) -> tuple[list[st
 
     here = {"host": "127.0.0.1", "port": _free_port(), "token_file": None, "token_variable": None, "feedback_log": None}
     serving = experiment.serving.model_copy(update=here)
-    run_service(bundle, serving, blocking=False)
+    run_service([bundle], serving, blocking=False)
     items = held_out(dataset, "test").histories[0][-serving.max_history :]
     request = RecommendationRequest(history=[dataset.item_ids[i] for i in items], k=min(10, serving.max_k))
     try:

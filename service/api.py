@@ -20,7 +20,7 @@ from service.batching import Busy
 from service.limits import BodyLimit
 from service.logs import FeedbackLog, RequestLog
 from service.metrics import MEDIA_TYPE
-from service.models import Model, Models
+from service.models import Models, Queued
 from service.problems import Problem
 from service.queries import Resolver
 from service.schema import FieldError
@@ -159,7 +159,7 @@ class _Asking:
         self.metrics = models.metrics
         self._feedback = FeedbackLog(self.config.feedback_log) if self.config.feedback_log else None
 
-    def served(self, name: str | None, field: str = "model") -> Model:
+    def served(self, name: str | None, field: str = "model") -> Queued:
         """The model of this name.
 
         Raises:
@@ -196,11 +196,11 @@ class _Asking:
                 fallback=fallback,
                 ignored=query.ignored,
                 model=served.name,
+                model_version=served.version,
                 latency_ms=took,
             )
             if self._feedback is not None:
-                ids = [item.item_id for item in answer.items]
-                self._feedback.write(request.scope["request_id"], place, served.name, ids, fallback)
+                self._feedback.write(request.scope["request_id"], place, answer)
             answers.append(answer)
         return answers
 
@@ -218,11 +218,12 @@ class _Asking:
             fallback=not query.history,
             ignored=query.ignored,
             model=served.name,
+            model_version=served.version,
             latency_ms=round((time.perf_counter() - started) * 1e3, 2),
         )
 
     async def _answers(
-        self, chosen: Sequence[Model], asked: Sequence[queries.Query | queries.RankQuery]
+        self, chosen: Sequence[Queued], asked: Sequence[queries.Query | queries.RankQuery]
     ) -> list[Recommendation]:
         """Wait for the answers, or give up.
 
@@ -304,6 +305,10 @@ def _model(served: Served) -> schema.Model:
     return schema.Model(
         name=served.name,
         bundle=manifest.name,
+        version=manifest.version,
+        checksum=manifest.checksum,
+        exported_at=manifest.exported_at or None,
+        trained_until=manifest.trained_until or None,
         items=len(served.catalogue),
         columns=sorted(served.columns),
         fallback=served.popular is not None,

@@ -15,6 +15,17 @@ class ServingConfig(StrictModel):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 opens the endpoint to the network.")
     port: int = Field(8000, ge=1, le=65535, description="Port to listen on.")
+    storage: str | None = Field(
+        None,
+        description="Where models are looked for by name, the same on every node; null: the environment variable "
+        "ILREC_STORAGE, or ./runs.",
+    )
+    follow_seconds: float = Field(
+        2,
+        ge=0,
+        description="How often a replica looks whether a model's name stands for another version (`ilrec models "
+        "promote`), which it then serves; 0: never.",
+    )
     replicas: int = Field(1, ge=1, description="Processes that each hold every model.")
     max_replicas: int | None = Field(
         None, ge=1, description="If given, Ray Serve scales between `replicas` and this many with the load."
@@ -96,7 +107,7 @@ class ServingConfig(StrictModel):
         None, description="A directory for JSON lines of what was served: request id, model, items. Absent: none."
     )
 
-    @field_validator("token_file", "feedback_log")
+    @field_validator("storage", "token_file", "feedback_log")
     @classmethod
     def _absolute(cls, path: str | None) -> str | None:
         """Replicas run in directories of their own."""

@@ -11,7 +11,6 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -23,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from recommender.errors import UserError
 from service.metrics import Metrics
 from service.problems import Problem
+from service.schema import RecommendationResponse
 
 REQUEST_ID = "x-request-id"
 logger = logging.getLogger("ilrec.requests")
@@ -111,11 +111,12 @@ class FeedbackLog:
             raise UserError(f"serving.feedback_log: {directory}: may not be written")
         self._directory, self._process = Path(directory), f"{socket.gethostname()}-{os.getpid()}"
 
-    def write(self, request_id: str, place: int, model: str, item_ids: Sequence[str], fallback: bool) -> None:
+    def write(self, request_id: str, place: int, answer: RecommendationResponse) -> None:
         """Add a list, the answer at `place` of its request; a full disk costs the line, not the answer."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line: dict[str, Any] = {"time": now, "request_id": request_id, "place": place, "model": model}
-        line |= {"items": list(item_ids), "fallback": fallback}
+        line: dict[str, Any] = {"time": now, "request_id": request_id, "place": place, "model": answer.model}
+        items = [item.item_id for item in answer.items]
+        line |= {"model_version": answer.model_version, "items": items, "fallback": answer.fallback}
         try:
             with (self._directory / f"served-{now[:10]}-{self._process}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")

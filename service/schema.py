@@ -40,6 +40,7 @@ EXAMPLE_ANSWER: dict[str, Any] = {
     "fallback": False,
     "ignored": [],
     "model": "demo",
+    "model_version": 3,
     "latency_ms": 41.7,
 }
 EXAMPLE_RANK_REQUEST: dict[str, Any] = {"history": ["B0001"], "candidates": ["B0003", "B0042"]}
@@ -196,13 +197,21 @@ class RankResponse(BaseModel):
     """The candidates, ordered."""
 
     model_config = _answer(
-        {"items": EXAMPLE_ITEMS, "fallback": False, "ignored": [], "model": "demo", "latency_ms": 18.2}
+        {
+            "items": EXAMPLE_ITEMS,
+            "fallback": False,
+            "ignored": [],
+            "model": "demo",
+            "model_version": 3,
+            "latency_ms": 18.2,
+        }
     )
 
     items: list[RankedItem] = Field(description="Best first.")
     fallback: bool = Field(description="Whether the history held no known item, so that popularity ranks.")
     ignored: list[str] = Field(description="Items of the history that the catalogue does not hold.")
     model: str = Field(description="Name of the model that answered.")
+    model_version: int | None = Field(None, description="Its version; absent where its bundle has none.")
     latency_ms: float = Field(description="Milliseconds in the recommender, waiting for its batch included.")
 
 
@@ -266,6 +275,15 @@ class Model(BaseModel):
 
     name: str = Field(examples=["demo"])
     bundle: str = Field(description="Name that the bundle was exported under.", examples=["demo"])
+    version: int | None = Field(description="Of the model; null where the bundle has none.", examples=[3])
+    checksum: str = Field(description="Of the bundle: two that have the same one hold the same files.")
+    exported_at: str | None = Field(
+        description="When the bundle was written, in UTC; null where it does not say.",
+        examples=["2026-03-01T04:12:07+00:00"],
+    )
+    trained_until: str | None = Field(
+        description="The latest time of an interaction that training saw, as the data give times; null if unknown."
+    )
     items: int = Field(description="Size of the catalogue.", examples=[5000])
     columns: list[str] = Field(description="Columns of the catalogue that requests may filter by.")
     fallback: bool = Field(description="Whether a history without known items is answered, by popularity.")
@@ -278,7 +296,9 @@ class Models(BaseModel):
     """Everything served here; the first is the default."""
 
     models: list[Model]
-    failed: str | None = Field(description="Why the latest change of models was not carried out; null if it was.")
+    failed: str | None = Field(
+        description="Why the latest change, of the config or of a name's version, was not carried out; null if it was."
+    )
 
 
 class FieldError(BaseModel):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,3 +70,16 @@ def tiny_bundle(tiny_experiment: Experiment, tiny_prepared: Prepared) -> Path:
     bundle = tiny_experiment.storage / "random"
     Recommender(space, backbone, Manifest(name="tiny", metrics={"validation_NDCG@10": 0.1})).save(bundle)
     return bundle
+
+
+def add_version(storage: Path, name: str, bundle: Path) -> Path:
+    """A copy of a bundle as the next version of a model, complete. Returns where it lies."""
+    from recommender.bundle import MANIFEST
+    from recommender.models import Model
+
+    version = Model(storage, name).begin()
+    shutil.copytree(bundle, version.bundle)
+    path = version.bundle / MANIFEST
+    manifest = json.loads(path.read_text()) | {"name": name, "version": version.number}
+    path.write_text(json.dumps(manifest))
+    return version.bundle

@@ -45,7 +45,7 @@ class StandIn:
         )
         popularity = np.array([i % 7 for i in range(ITEMS)])
         self.catalogue = Catalogue([f"B{i:02}" for i in range(ITEMS)], titles, columns, popularity)
-        self.manifest = Manifest(name="stand-in", metrics={"NDCG@10": 0.5}, data_fingerprint="f00")
+        self.manifest = Manifest(name="stand-in", version=7, metrics={"NDCG@10": 0.5}, data_fingerprint="f00")
         self.batches: list[int] = []
         self.searches: list[SearchConfig | None] = []
         self.scores: list[Score | None] = []
@@ -145,6 +145,7 @@ def test_answer(client: TestClient) -> None:
         "fallback": False,
         "ignored": [],
         "model": "stand-in",
+        "model_version": 7,
     }
 
 
@@ -328,7 +329,9 @@ def test_models(client: TestClient) -> None:
     [model] = answer["models"]
     assert answer["failed"] is None
     assert (model["columns"], model["fallback"]) == (["decade", "kind", "tags"], True)
-    assert model["name"] == "stand-in"
+    assert (model["name"], model["version"], model["data_fingerprint"]) == ("stand-in", 7, "f00")
+    assert (model["exported_at"], model["trained_until"]) == (None, None)
+    assert model["checksum"] == Manifest(name="another").checksum  # of no files
     assert model["items"] == ITEMS
     assert model["metrics"] == {"NDCG@10": 0.5}
     assert model["search"]["mode"] == "exact"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import socket
@@ -10,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,23 @@ import yaml
 
 from benchmarks.load import Measured, Open, Plan, measure
 from benchmarks.serving import soak
-from recommender.bundle import MANIFEST
+from recommender.bundle import MANIFEST, read_manifest
 from recommender.errors import UserError
 from recommender.recommender import Recommender
-from service.app import Arguments, Endpoint, UserConfig, _reason, application, build, run
+from service.app import (
+    Arguments,
+    Endpoint,
+    UserConfig,
+    _greeting,
+    _named,
+    _reason,
+    _with_storage,
+    application,
+    build,
+    run,
+)
 from service.config import ServingConfig
+from tests.conftest import add_version
 
 PATH = "/v1/recommendations"
 SERVE_YAML = Path(__file__).parents[2] / "deploy" / "serve.yaml"
@@ -44,13 +58,34 @@ def post(url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster: None, tiny_bundle: Path) -> Iterator[str]:
+def storage(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two versions of the model `tiny`, the first of them promoted."""
+    storage = tmp_path_factory.mktemp("models")
+    for _ in range(2):
+        add_version(storage, "tiny", tiny_bundle)
+    return storage
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, storage: Path) -> Iterator[str]:
     from ray import serve
 
     port = free_port()
-    run(tiny_bundle, ServingConfig(port=port, max_k=50), blocking=False)
+    with redirect_stdout(io.StringIO()) as said:
+        run(["tiny", "other=tiny@2"], ServingConfig(port=port, max_k=50, storage=str(storage)), blocking=False)
+    assert said.getvalue() == ""  # whoever calls it knows, and may end it soon
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
+
+
+def test_models_are_served_by_name_and_version(url: str, tiny_bundle: Path) -> None:
+    first, second = get(f"{url}/v1/models")["models"]
+    assert [(each["name"], each["version"]) for each in (first, second)] == [("tiny", 1), ("other", 2)]
+    assert first["checksum"] == read_manifest(tiny_bundle).checksum
+    history = Recommender.load(tiny_bundle).catalogue.item_ids[:2]
+    for name, version in (("tiny", 1), ("other", 2)):
+        _, answer = post(f"{url}/v1/recommendations", {"history": history, "model": name})
+        assert (answer["model"], answer["model_version"]) == (name, version)
 
 
 def test_it_answers_as_the_recommender_does(url: str, tiny_bundle: Path) -> None:
@@ -118,7 +153,7 @@ def test_a_soak_watches_every_process_of_serve(url: str, tiny_bundle: Path) -> N
 
 def test_a_second_serve_on_the_cluster_is_refused(url: str, tiny_bundle: Path) -> None:
     with pytest.raises(UserError, match="already"):
-        run(tiny_bundle, ServingConfig(port=free_port()), blocking=False)
+        run([tiny_bundle], ServingConfig(port=free_port()), blocking=False)
     with urllib.request.urlopen(f"{url}/health") as response:  # and does the first no harm
         assert json.load(response)["status"] == "ok"
 
@@ -149,19 +184,41 @@ def get(url: str) -> dict[str, Any]:
         return answer
 
 
-def test_bundles_that_cannot_be_served_are_refused_before_serve_starts(tmp_path: Path, tiny_bundle: Path) -> None:
-    with pytest.raises(UserError, match="not a bundle"):
-        run(tmp_path / "nothing", ServingConfig(), blocking=False)
+def test_bundles_that_cannot_be_served_are_refused_before_serve_starts(
+    tmp_path: Path, tiny_bundle: Path, storage: Path
+) -> None:
+    with pytest.raises(UserError, match="nothing: no bundle"):
+        run([tmp_path / "nothing"], ServingConfig(), blocking=False)
+    with pytest.raises(UserError, match=r"no model of this name in .*there are: tiny"):
+        run(["tinny"], ServingConfig(storage=str(storage)), blocking=False)
+    with pytest.raises(UserError, match="there is no such version; there are tiny@1, tiny@2"):
+        run(["tiny@3"], ServingConfig(storage=str(storage)), blocking=False)
+    with pytest.raises(UserError, match=r"both are called tiny; .*: ilrec serve tiny other=tiny@2"):
+        run(["tiny", "tiny@2"], ServingConfig(storage=str(storage)), blocking=False)
     damaged = shutil.copytree(tiny_bundle, tmp_path / "damaged")
     with (damaged / "model.safetensors").open("ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match=r"model\.safetensors: differs from its checksum"):
-        run(damaged, ServingConfig(), blocking=False)
+        run([tiny_bundle, f"new={damaged}"], ServingConfig(), blocking=False)
     (damaged / MANIFEST).write_text("{")
     with pytest.raises(UserError, match="damaged"):
-        run(damaged, ServingConfig(), blocking=False)
+        run([damaged], ServingConfig(), blocking=False)
     with pytest.raises(UserError, match=r"token_file: .*nowhere cannot be read"):
-        run(tiny_bundle, ServingConfig(token_file=str(tmp_path / "nowhere")), blocking=False)
+        run([tiny_bundle], ServingConfig(token_file=str(tmp_path / "nowhere")), blocking=False)
+
+
+def test_only_bare_names_are_followed(storage: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ILREC_STORAGE", str(storage))
+    config = _with_storage(ServingConfig())
+    models = _named(["tiny", "old=tiny@1", "new=tiny@latest", f"path={tiny_bundle}"], config)
+    old, new = (str(storage / "tiny" / number / "bundle") for number in ("1", "2"))
+    assert models == {"tiny": "tiny", "old": old, "new": new, "path": str(tiny_bundle)}
+    monkeypatch.chdir(storage)
+    assert ServingConfig(storage="here").storage == str(storage / "here")
+    greeting = _greeting(config, models)
+    assert f"ready: http://127.0.0.1:{config.port} " in greeting
+    assert "Ctrl-C" in greeting
+    assert f"old  ({old})" in greeting
 
 
 def test_what_a_replica_raised_is_reported() -> None:

@@ -79,7 +79,8 @@ def test_typed_answers(url: str, gate: Gate) -> None:
         assert (first.items, second.fallback) == (answer.items, True)
         assert client.rank(RankRequest(history=["B10"], candidates=["B01", "B09"])).items[0].item_id == "B09"
         assert [item.item_id for item in client.search_items("gas")] == ["B29"]
-        assert client.models().models[0].name == "stand-in"
+        [model] = client.models().models
+        assert (model.name, model.version, answer.model, answer.model_version) == ("stand-in", 7, "stand-in", 7)
 
 
 def test_a_refusal_names_the_field_and_is_not_repeated(url: str, gate: Gate) -> None:

@@ -24,11 +24,13 @@ import pytest
 
 from recommender.backbone.backbone import load_backbone
 from recommender.bundle import MANIFEST
+from recommender.models import Model
 from recommender.recommender import Recommender
 from service.app import _start
 from service.client import Client, Refused
 from service.config import ServingConfig
 from service.schema import RecommendationRequest
+from tests.conftest import add_version
 from tests.service.test_app import deploy, free_port, get, until
 from trainer.experiment import Experiment
 
@@ -36,7 +38,14 @@ PATH = "/v1/recommendations"
 REPLICAS = 2
 K = 5
 # Little room, so that little load is too much; seconds enough for a busy machine.
-SERVING = {"replicas": REPLICAS, "max_queue": 8, "max_requests": 8, "max_batch_tokens": 640, "timeout_seconds": 5}
+SERVING = {
+    "replicas": REPLICAS,
+    "max_queue": 8,
+    "max_requests": 8,
+    "max_batch_tokens": 640,
+    "timeout_seconds": 5,
+    "follow_seconds": 0.2,
+}
 ROOM = REPLICAS * 8
 
 
@@ -44,7 +53,7 @@ Lists = dict[tuple[str, int], tuple[str, ...]]
 
 
 class Answer(NamedTuple):
-    """What a client got: a status, 0 for a connection that broke, and of a 200 the model and its items."""
+    """What a client got: a status, 0 for a connection that broke; of a 200 the model (name@version) and its items."""
 
     status: int
     retry_after: str | None
@@ -72,23 +81,46 @@ def histories(tiny_bundle: Path) -> list[list[str]]:
 def right(tiny_bundle: Path, other_bundle: Path, histories: list[list[str]]) -> Lists:
     """The lists by model and place of the history."""
     lists = {}
-    for name, bundle in (("tiny", tiny_bundle), ("other", other_bundle)):
+    for names, bundle in ((("tiny", "shop@1"), tiny_bundle), (("other", "shop@2"), other_bundle)):
         recommender = Recommender.load(bundle)
         seen = [recommender.catalogue.indices_of(history) for history in histories]
         for place, found in enumerate(recommender.recommend(seen, K, seen)):
-            lists[name, place] = tuple(recommender.catalogue.item_ids[item] for item in found.items)
+            for name in names:
+                lists[name, place] = tuple(recommender.catalogue.item_ids[item] for item in found.items)
     assert all(lists["tiny", place] != lists["other", place] for place in range(len(histories)))
     return lists
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster: None, tiny_bundle: Path) -> Iterator[str]:
+def shop(tiny_bundle: Path, other_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model of three versions; the first is promoted, the third repeats its golden request wrongly."""
+    storage = tmp_path_factory.mktemp("models")
+    for bundle in (tiny_bundle, other_bundle, other_bundle):
+        latest = add_version(storage, "shop", bundle)
+    spoil(latest)
+    return Model(storage, "shop")
+
+
+@pytest.fixture(scope="module")
+def settings(shop: Model) -> dict[str, Any]:
+    return SERVING | {"storage": str(shop.storage)}
+
+
+def spoil(bundle: Path) -> None:
+    """Have a bundle say that it once answered otherwise."""
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["golden"]["items"].reverse()
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: None, tiny_bundle: Path, settings: dict[str, Any]) -> Iterator[str]:
     from ray import serve
 
     config = ServingConfig(port=free_port())
     _start(config)
     url = f"http://127.0.0.1:{config.port}"
-    deploy({"tiny": str(tiny_bundle)}, SERVING)
+    deploy({"tiny": str(tiny_bundle)}, settings)
     until(lambda: len(pids(url)) == REPLICAS)
     yield url
     serve.shutdown()
@@ -114,7 +146,8 @@ def plain(url: str, history: list[str]) -> Answer:
         with urllib.request.urlopen(request, timeout=60) as response:
             answer = json.load(response)
             items = tuple(item["item_id"] for item in answer["items"])
-            return Answer(response.status, None, answer["model"], items)
+            version = f"@{answer['model_version']}" if "model_version" in answer else ""
+            return Answer(response.status, None, answer["model"] + version, items)
     except urllib.error.HTTPError as error:
         return Answer(error.code, error.headers["retry-after"], error.read().decode(), ())
     except OSError as error:
@@ -210,6 +243,7 @@ def test_bundles_swapped_under_load(
     other_bundle: Path,
     histories: list[list[str]],
     right: Lists,
+    settings: dict[str, Any],
     tmp_path: Path,
 ) -> None:
     """To another bundle; then to some that are no good, which change nothing but `/ready` and `/v1/models`."""
@@ -217,25 +251,23 @@ def test_bundles_swapped_under_load(
     weights = (damaged / "model.safetensors").read_bytes()
     (damaged / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
     wrong = shutil.copytree(other_bundle, tmp_path / "wrong")
-    manifest = json.loads((wrong / MANIFEST).read_text())
-    manifest["golden"]["items"].reverse()
-    (wrong / MANIFEST).write_text(json.dumps(manifest))
+    spoil(wrong)
 
     def everywhere(holds: Callable[[dict[str, Any]], bool]) -> Callable[[], bool]:
-        return lambda: all(holds(get(f"{url}/v1/models")) for _ in range(6 * REPLICAS))
+        return on_all_replicas(url, holds)
 
     with asking(3, lambda history: plain(url, history), histories) as seen:
         began = time.monotonic()
-        deploy({"other": str(other_bundle)}, SERVING)
+        deploy({"other": str(other_bundle)}, settings)
         until(everywhere(lambda models: [model["name"] for model in models["models"]] == ["other"]))
         swapped = time.monotonic()
         for models, says in [
             ({"tiny": str(tiny_bundle), "other": str(damaged)}, r"model\.safetensors: differs from its checksum"),
             ({"other": str(wrong)}, "golden request"),
-            ({"other": str(tmp_path / "absent")}, "absent.*not a bundle"),
+            ({"other": str(tmp_path / "absent")}, "absent: no bundle"),
             ({}, "at least 1 item"),
         ]:
-            deploy(models, SERVING)
+            deploy(models, settings)
             until(everywhere(lambda models, says=says: re.search(says, str(models["failed"])) is not None))
         assert get(f"{url}/ready")["swapped"] is False
     seen.check(right)
@@ -243,8 +275,53 @@ def test_bundles_swapped_under_load(
     assert {answer.model for _, answer, _ in seen.answers} == {"tiny", "other"}
     assert {answer.model for _, answer, asked in seen.answers if asked > swapped} == {"other"}
     print(f"\nbundles swapped after {swapped - began:.1f} s, in {len(seen.answers)} requests")
-    deploy({"tiny": str(tiny_bundle)}, SERVING)
+    deploy({"tiny": str(tiny_bundle)}, settings)
     until(everywhere(lambda models: models["failed"] is None and models["models"][0]["name"] == "tiny"))
+
+
+def on_all_replicas(url: str, holds: Callable[[dict[str, Any]], bool]) -> Callable[[], bool]:
+    """Asks /v1/models so often that each replica should have answered."""
+    return lambda: all(holds(get(f"{url}/v1/models")) for _ in range(6 * REPLICAS))
+
+
+def test_versions_promoted_under_load(
+    url: str, tiny_bundle: Path, shop: Model, settings: dict[str, Any], histories: list[list[str]], right: Lists
+) -> None:
+    """A name is served: it is promoted, promoted to what is no good, and rolled back twice. No request fails."""
+    _, second, wrong = shop.complete
+
+    def served(version: int, failed: str | None = None) -> Callable[[], bool]:
+        def holds(models: dict[str, Any]) -> bool:
+            as_told = models["failed"] is None if failed is None else failed in str(models["failed"])
+            return as_told and [(each["name"], each["version"]) for each in models["models"]] == [("shop", version)]
+
+        return on_all_replicas(url, holds)
+
+    deploy({"shop": "shop"}, settings)
+    until(served(1))
+    with asking(3, lambda history: plain(url, history), histories) as seen:
+        began = time.monotonic()
+        shop.promote(second)
+        until(served(2))
+        followed = time.monotonic()
+        shop.promote(wrong)
+        until(served(2, "golden request"))
+        assert get(f"{url}/ready")["swapped"] is False
+        shop.rollback()
+        until(served(2))
+        undone = time.monotonic()
+        shop.rollback()
+        until(served(1))
+        until_first = time.monotonic()
+        time.sleep(0.5)
+    seen.check(right)
+    assert set(seen.statuses()) == {200}
+    assert {answer.model for _, answer, _ in seen.answers} == {"shop@1", "shop@2"}
+    assert {answer.model for _, answer, asked in seen.answers if followed < asked < undone} == {"shop@2"}
+    assert {answer.model for _, answer, asked in seen.answers if asked > until_first} == {"shop@1"}
+    print(f"\na promotion was followed after {followed - began:.1f} s, in {len(seen.answers)} requests")
+    deploy({"tiny": str(tiny_bundle)}, settings)
+    until(on_all_replicas(url, lambda models: [each["name"] for each in models["models"]] == ["tiny"]))
 
 
 def test_a_slow_client(url: str, histories: list[list[str]], right: Lists) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import shutil
 import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from pydantic import ValidationError
 
 from recommender.bundle import MANIFEST
 from recommender.errors import UserError
+from recommender.models import Model
 from recommender.recommender import Recommender, merge_adapter
 from service.api import create_api
 from service.auth import read_tokens
 from service.config import ServingConfig
 from service.metrics import Metrics
 from service.models import Models
+from tests.conftest import add_version
 from tests.recommender.test_bundle import adapted_bundle
 from tests.service.test_api import URL, StandIn, ids, refused, serving
 
@@ -211,6 +215,7 @@ def test_what_was_served_is_written_down_if_asked(tmp_path: Path) -> None:
     [file] = (tmp_path / "served").iterdir()
     first, second, third = (json.loads(line) for line in file.read_text().splitlines())
     assert (first["request_id"], first["model"], first["items"], first["fallback"]) == ("shop-7", "a", ["B09"], False)
+    assert first["model_version"] == 7
     assert second["request_id"] == third["request_id"]
     assert third["fallback"] is True
 
@@ -255,7 +260,7 @@ def test_bundles_replace_each_other_whole_or_not_at_all(tiny_bundle: Path, tmp_p
     kept = models.get("first")
     for bundles, says in [
         ({"first": str(tiny_bundle), "wrong": str(wrong)}, "golden request"),
-        ({"absent": str(tmp_path / "absent")}, "not a bundle"),
+        ({"absent": str(tmp_path / "absent")}, "absent: no bundle"),
     ]:
         asyncio.run(models.swap(bundles))
         assert says in str(models.failed)
@@ -299,6 +304,75 @@ def test_adapters_are_served_over_one_base_that_a_swap_keeps_or_frees(tiny_bundl
     assert kept() is not None
     asyncio.run(models.swap({"merged": str(tmp_path / "merged")}))
     assert kept() is None
+
+
+def test_names_are_followed_and_versions_and_paths_are_not(tiny_bundle: Path, tmp_path: Path) -> None:
+    shop, books = Model(tmp_path, "shop"), Model(tmp_path, "books")
+    for name in ("shop", "shop", "shop", "books", "books"):
+        add_version(tmp_path, name, tiny_bundle)
+    first, second, wrong = shop.complete
+    manifest = json.loads((wrong.bundle / MANIFEST).read_text())
+    manifest["golden"]["scores"][0] -= 1
+    (wrong.bundle / MANIFEST).write_text(json.dumps(manifest))
+    models = Models(ServingConfig(storage=str(tmp_path), follow_seconds=0.02), Metrics())
+    references = {"shop": "shop", "books": "books", "pinned": "shop@1", "path": str(first.bundle)}
+
+    def versions() -> list[int | None]:
+        return [served.version for served in models.served]
+
+    def failures() -> str:
+        return re.findall(r'ilrec_swaps_total{outcome="failed".*', models.metrics.exposition().decode())[0]
+
+    async def until(holds: Callable[[], bool]) -> None:
+        async with asyncio.timeout(60):
+            while not holds():
+                await asyncio.sleep(0.02)
+
+    async def main() -> None:
+        await models.swap(references)
+        assert versions() == [1, 1, 1, 1]
+        books_served = models.get("books")
+        following = asyncio.create_task(models.follow())
+        shop.promote(second)
+        await until(lambda: versions() == [2, 1, 1, 1])
+        assert models.get("books") is books_served  # what did not change is not opened again
+
+        shop.promote(wrong)
+        await until(lambda: "golden request" in str(models.failed))
+        tried = failures()
+        await asyncio.sleep(0.5)
+        assert failures() == tried  # once
+        books.promote(books.complete[1])  # and does not hold up others
+        await until(lambda: versions() == [2, 2, 1, 1])
+        assert "golden request" in str(models.failed)
+        shop.rollback()
+        await until(lambda: models.failed is None)
+        shop.rollback()
+        await until(lambda: versions() == [1, 2, 1, 1])
+
+        events = (shop.home / "model.json").read_text()
+        (shop.home / "model.json").write_text("{")
+        await until(lambda: "model.json: damaged" in str(models.failed))
+        (shop.home / "model.json").write_text(events)
+        await until(lambda: models.failed is None)
+
+        await models.swap(references | {"more": "more"})  # there is no such model yet
+        assert "more" in str(models.failed)
+        assert versions() == [1, 2, 1, 1]
+        add_version(tmp_path, "more", tiny_bundle)
+        await until(lambda: versions() == [1, 2, 1, 1, 1])
+        assert models.failed is None
+        assert not following.done()
+        following.cancel()
+
+    asyncio.run(main())
+
+
+def test_nobody_looks_where_names_are_not_to_be_followed(tiny_bundle: Path, tmp_path: Path) -> None:
+    add_version(tmp_path, "shop", tiny_bundle)
+    models = Models(ServingConfig(storage=str(tmp_path), follow_seconds=0), Metrics())
+    asyncio.run(models.swap({"shop": "shop"}))
+    asyncio.run(models.follow())
 
 
 def test_until_there_is_a_model_nothing_is_ready() -> None:
