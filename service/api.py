@@ -300,7 +300,7 @@ def _item(served: Served, item: int) -> schema.Item:
     )
 
 
-def _model(served: Served) -> schema.Model:
+def _model(served: Queued) -> schema.Model:
     manifest = served.recommender.manifest
     return schema.Model(
         name=served.name,

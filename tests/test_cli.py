@@ -19,6 +19,7 @@ import yaml
 from ilrec import _listed
 from recommender.errors import UserError
 from recommender.recommender import Recommender
+from tests.recommender.test_bundle import adapted_bundle
 from trainer.experiment import Experiment, load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -312,6 +313,9 @@ def test_bad_requests_are_refused(tiny_bundle: Path, arguments: list[str], says:
 def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
     for arguments in (["recommend", str(tmp_path), "--history", "i7"], ["export", str(tmp_path), "out", "--merge"]):
         assert f"error: {tmp_path}: no bundle" in ilrec(*arguments, status=2)
+    text = without_probe(ilrec("serve", "shop", "--storage", str(tmp_path), status=2))
+    assert text.startswith(f"error: shop: no model of this name in {tmp_path}, which holds none.")
+    assert text.count("\n") == 1
 
 
 def test_extend_adds_what_is_new(tiny_bundle: Path, recommender: Recommender, tmp_path: Path) -> None:
@@ -349,6 +353,12 @@ def test_a_model_grows_by_versions_and_is_rolled_back(tiny_bundle: Path, tmp_pat
         "models", "promote", "shop@7", *storage, status=2
     )
     assert "no version in" in ilrec("models", "promote", "shp", *storage, status=2)
+
+
+def test_libraries_keep_quiet(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Merging an adapter loads peft and, with it, DeepSpeed."""
+    adapter, out = adapted_bundle(tiny_bundle, tmp_path / "adapter", 1), tmp_path / "merged"
+    assert without_probe(ilrec("export", str(adapter), str(out), "--merge")) == f"merged bundle: {out}\n"
 
 
 def test_export_says_what_to_do(tiny_bundle: Path, tmp_path: Path) -> None:
