@@ -77,9 +77,9 @@ class PromptConfig(StrictModel):
 class LoraConfig(StrictModel):
     """Low-rank adapters (peft). Absent: full fine-tuning."""
 
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
+    rank: int = Field(8, ge=1, description="Rank of an adapter's two matrices.")
+    alpha: float = Field(16, gt=0, description="Scale: an adapter adds alpha / rank times its product.")
+    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout on what an adapter reads.")
     target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
         "all-linear", description="Module names, e.g. [q_proj, v_proj], or 'all-linear'."
     )

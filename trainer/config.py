@@ -54,14 +54,18 @@ class TrainingConfig(StrictModel):
         description="Most memory for logits and losses; the prediction layer runs in pieces that fit, and small pieces "
         "cost time. null: 256 on CPUs, 2048 on GPUs.",
     )
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="Step size of AdamW after the warm-up.")
     warmup: float = Field(0.05, ge=0, lt=1, description="Share of the steps over which the rate rises.")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: float = Field(0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="The learning rate after the warm-up: cosine and linear fall to 0."
+    )
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's weight decay; 0 = off.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates of its two moments.")
     gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 = off.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on embeddings and on each block's outputs.")
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="What the model computes in; bfloat16 keeps float32 weights in the optimiser."
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage.")
     attention: Literal["auto", "sdpa", "flex"] = Field(
         "auto",
@@ -69,7 +73,7 @@ class TrainingConfig(StrictModel):
         "what SDPA does, SDPA otherwise; flex: at any length; sdpa: always SDPA.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, about 1.3x the time.")
-    seed: int = 0
+    seed: int = Field(0, description="Of the batch plan, fresh weights and dropout.")
     checkpoint_every: int | None = Field(None, ge=1, description="Optimiser steps between checkpoints, besides epochs.")
     patience: int = Field(2, ge=1, description="Stop after this many epochs without a better validation NDCG@10.")
 
@@ -94,7 +98,7 @@ class ClusterConfig(StrictModel):
     gpus_per_worker: float = Field(
         0, ge=0, le=1, description="0 = CPU, 1 = a GPU each. A single worker may do with a share of one."
     )
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float = Field(1, gt=0, description="CPU cores that Ray reserves for a worker.")
     storage: str = Field(
         "runs", description="Directory where runs live; with several machines, one that all of them share (NFS, …)."
     )
@@ -147,7 +151,7 @@ class MLflowConfig(StrictModel):
 class WandbConfig(StrictModel):
     """Weights & Biases."""
 
-    project: str = "ilrec"
+    project: str = Field("ilrec", description="The project that runs are listed under.")
     mode: Literal["offline", "online"] = Field(
         "offline",
         description="offline: files below the run's directory, for `wandb sync`. online: WANDB_API_KEY must "

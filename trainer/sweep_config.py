@@ -11,8 +11,8 @@ from recommender.config import StrictModel
 
 
 class _Range(StrictModel):
-    low: float = Field(allow_inf_nan=False)
-    high: float = Field(allow_inf_nan=False)
+    low: float = Field(allow_inf_nan=False, description="The smallest value.")
+    high: float = Field(allow_inf_nan=False, description="The largest value.")
 
     @model_validator(mode="after")
     def _is_a_range(self) -> _Range:
@@ -36,11 +36,11 @@ class LogUniform(_Range):
     """A number between `low` and `high` whose logarithm is uniform: each order of magnitude is as likely."""
 
     kind: Literal["loguniform"]
-    low: float = Field(gt=0, allow_inf_nan=False)
+    low: float = Field(gt=0, allow_inf_nan=False, description="The smallest value.")
 
 
 class _Values(StrictModel):
-    values: tuple[JsonValue, ...] = Field(min_length=1)
+    values: tuple[JsonValue, ...] = Field(min_length=1, description="The values to try, each once.")
 
     @model_validator(mode="after")
     def _differ(self) -> _Values:

@@ -13,12 +13,12 @@ class CollaborativeModelConfig(StrictModel):
     """What all collaborative models share: the vectors, the history, the optimisation."""
 
     dim: int = Field(128, ge=1, description="Size of the item vectors and of the sequence embedding.")
-    dropout: float = Field(0.3, ge=0, lt=1)
+    dropout: float = Field(0.3, ge=0, lt=1, description="Share of activations dropped in training.")
     max_length: int = Field(50, ge=1, description="The most recent items of a history that are read.")
     epochs: int = Field(100, ge=1, description="The most passes over the training targets.")
     patience: int = Field(5, ge=1, description="Stop after this many epochs without a better validation NDCG@10.")
-    learning_rate: float = Field(1e-3, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(1e-3, gt=0, description="Step size of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay; 0 = off.")
     batch: int = Field(64, ge=1, description="Sequences of one optimiser step, over all workers.")
     negatives: int | None = Field(
         None,
@@ -26,14 +26,14 @@ class CollaborativeModelConfig(StrictModel):
         description="null: softmax over all items. N: over the target and N uniformly drawn items that the whole "
         "batch shares, for catalogues too large for that.",
     )
-    seed: int = 0
+    seed: int = Field(0, description="Of fresh weights, the order of the sequences and dropout.")
 
 
 class AttentionConfig(CollaborativeModelConfig):
     """Shape of a transformer over items."""
 
-    layers: int = Field(2, ge=1)
-    heads: int = Field(2, ge=1)
+    layers: int = Field(2, ge=1, description="Transformer blocks.")
+    heads: int = Field(2, ge=1, description="Attention heads of a block; they must divide `dim`.")
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> AttentionConfig:
@@ -64,7 +64,7 @@ class GRU4RecConfig(CollaborativeModelConfig):
     """Recurrent recommendation (Hidasi et al., 2016)."""
 
     kind: Literal["gru4rec"] = "gru4rec"
-    layers: int = Field(1, ge=1)
+    layers: int = Field(1, ge=1, description="Recurrent layers.")
     hidden: int | None = Field(None, ge=1, description="Size of the recurrent state. null: that of the item vectors.")
 
 

@@ -19,14 +19,6 @@ from trainer.reference import Section, markdown, sections
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 SECTIONS = sections()
 
-# Fields whose names were thought to say enough. Describe a new field where it is defined; add nothing here.
-UNDESCRIBED = {
-    *(f"recommender.{name}" for name in ("dropout", "learning_rate", "weight_decay", "seed", "layers", "heads")),
-    *(f"backbone.lora.{name}" for name in ("rank", "alpha", "dropout")),
-    *(f"training.{name}" for name in ("learning_rate", "schedule", "weight_decay", "betas", "precision", "seed")),
-    *("cluster.cpus_per_worker", "tracking.wandb.project"),
-    *(f"sweep.parameters.<path>.{name}" for name in ("low", "high", "values")),
-}
 # What a kind's config needs besides its kind.
 NEEDED: dict[str, dict[str, Any]] = {
     "data: {format: interactions}": {"interactions": "a.csv", "items": "b.csv"},
@@ -44,8 +36,7 @@ def test_the_page_is_what_the_command_prints() -> None:
 
 
 def test_every_field_has_a_meaning() -> None:
-    without = {row.path for section in SECTIONS for row in section.rows if not row.meaning}
-    assert without == UNDESCRIBED
+    assert not [row.path for section in SECTIONS for row in section.rows if not row.meaning]
 
 
 def test_every_field_is_shown_also_those_of_nested_kinds() -> None:
