@@ -685,6 +685,15 @@ def rollback(
     roll_back(storage, model, _say)
 
 
+def _is_full(error: BaseException | None) -> bool:
+    """Whether a disk without room caused it, whatever library says so."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one message and status 2, never a traceback."""
     paths = (NotADirectoryError, IsADirectoryError, FileNotFoundError, FileExistsError, PermissionError)
@@ -694,10 +703,14 @@ def main() -> NoReturn:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if error.filename is None or not (isinstance(error, paths) or error.errno in (errno.EROFS, errno.ENOSPC)):
+    except Exception as error:
+        if _is_full(error):
+            said = "the disk is full: what was there is whole; make room, and the same command goes on"
+            print(f"error: {said} ({error})", file=sys.stderr)
+        elif isinstance(error, OSError) and error.filename and (isinstance(error, paths) or error.errno == errno.EROFS):
+            print(f"error: {error.filename}: {error.strerror}; check the path and who may write there", file=sys.stderr)
+        else:
             raise
-        print(f"error: {error.filename}: {error.strerror}; check the path and who may write there", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
 

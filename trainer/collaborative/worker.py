@@ -11,6 +11,7 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from recommender.bundle import Manifest
 from recommender.catalogue.catalogue import Catalogue
 from recommender.collaborative.model import CollaborativeModel
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
+from recommender.errors import UserError
+from recommender.files import write_json
 from recommender.metrics import metric_values
 from trainer.collaborative.windows import Epoch, TrainingWindows, pieces
 from trainer.config import EvaluationConfig, LanguageModelConfig
@@ -37,7 +40,9 @@ from trainer.loop import preemption, storage
 from trainer.loop.agreement import agreed
 from trainer.loop.checkpoint import STATE_FILE
 from trainer.loop.outcome import outcome_of, refuse_to_repeat
+from trainer.loop.patience import patiently
 from trainer.loop.storage import COLLABORATIVE, SELECTION
+from trainer.loop.tensors import check_tensors, write_tensors
 from trainer.loop.worker import Meter, Progress
 from trainer.parts import Prepared
 from trainer.reporting.curves import Curves
@@ -200,23 +205,33 @@ def report(model: CollaborativeModel, optimiser: torch.optim.Optimizer, state: d
         storage.report(None, name, state, Progress(log))
         return
     with tempfile.TemporaryDirectory() as directory:
-        save(Path(directory), model, optimiser, state)
+        save(Path(directory), model, optimiser, state, Progress(log))
         storage.report(Path(directory), name, state, Progress(log))
 
 
-def save(directory: Path, model: CollaborativeModel, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def save(
+    directory: Path,
+    model: CollaborativeModel,
+    optimiser: torch.optim.Optimizer,
+    state: dict[str, Any],
+    say: Callable[[str], None] = print,
+) -> None:
     """Write weight/NAME, exp_avg/NAME, exp_avg_sq/NAME of every parameter, and the state as JSON."""
     tensors = {f"weight/{name}": parameter.detach() for name, parameter in model.named_parameters()}
     for name, parameter in model.named_parameters():
         tensors |= {f"{moment}/{name}": optimiser.state[parameter][moment] for moment in _MOMENTS}
-    save_file(tensors, directory / COLLABORATIVE)
-    (directory / STATE_FILE).write_text(json.dumps(state))
+    write_tensors({name: tensor.cpu() for name, tensor in tensors.items()}, directory / COLLABORATIVE, say)
+    patiently(lambda: write_json(directory / STATE_FILE, state), lambda: None, STATE_FILE, say)
 
 
 @torch.no_grad()
 def load(directory: Path, model: CollaborativeModel, optimiser: torch.optim.Optimizer | None = None) -> dict[str, Any]:
     """Restore weights and, with an optimiser, its moments; return the state that was saved."""
     state: dict[str, Any] = json.loads((directory / STATE_FILE).read_text())
+    try:
+        check_tensors(directory / COLLABORATIVE)
+    except ValueError as error:
+        raise UserError(f"{directory}: this checkpoint is damaged: {error}") from None
     tensors = load_file(directory / COLLABORATIVE)
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[f"weight/{name}"])

@@ -3,7 +3,7 @@
 A directory holds, for every trainable parameter by name, its float32 weight and AdamW's two moments, whole and not
 sharded as the run was. Parameter i lies in the file of rank i % workers, so that all write at once:
 
-    shard-00000-of-00002.safetensors    weight/NAME, exp_avg/NAME, exp_avg_sq/NAME, all float32
+    shard-00000-of-00002.safetensors    weight/NAME, exp_avg/NAME, exp_avg_sq/NAME, all float32, and a checksum
     state.json                          names and shapes, AdamW's step count, the caller's state
 
 Frozen weights are not in it: they come from the backbone. Nothing in it is pickled.
@@ -12,20 +12,21 @@ Frozen weights are not in it: they come from the backbone. Nothing in it is pick
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from recommender.errors import UserError
+from recommender.files import write_json
 from trainer.loop.engine import masters
+from trainer.loop.patience import patiently
+from trainer.loop.tensors import check_tensors, write_tensors
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -35,13 +36,14 @@ STATE_FILE = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save(engine: DeepSpeedEngine, directory: Path, state: dict[str, Any]) -> None:
+def save(engine: DeepSpeedEngine, directory: Path, state: dict[str, Any], say: Callable[[str], None] = print) -> None:
     """Write a checkpoint. Collective, between optimiser steps; `directory` may be another on every node.
 
     Args:
         directory: created if need be; rank 0 writes `state.json`, last and at once, so that without it the checkpoint
             is incomplete.
         state: whatever else the run needs to go on, as JSON: position in the plan, RNG seeds, metrics.
+        say: told where a disk is full; the others then wait for this rank.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -54,7 +56,7 @@ def save(engine: DeepSpeedEngine, directory: Path, state: dict[str, Any]) -> Non
             value = _gather(engine, parameter, key)
             if index % workers == rank:
                 mine[f"{key or 'weight'}/{name}"] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
-    save_file(mine, directory / shards(workers)[rank])
+    write_tensors(mine, directory / shards(workers)[rank], say)
 
     dist.barrier()
     if rank == 0:
@@ -66,9 +68,7 @@ def save(engine: DeepSpeedEngine, directory: Path, state: dict[str, Any]) -> Non
             "parameters": {name: list(_shape(parameter)) for name, parameter in parameters},
             "state": state,
         }
-        aside = directory / f"{STATE_FILE}.partial"
-        aside.write_text(json.dumps(document, indent=1))
-        os.replace(aside, directory / STATE_FILE)
+        patiently(lambda: write_json(directory / STATE_FILE, document), lambda: None, STATE_FILE, say)
     dist.barrier()
 
 
@@ -88,6 +88,7 @@ def load(engine: DeepSpeedEngine, directory: Path) -> dict[str, Any]:
     _check_fit(directory, document["parameters"], {name: list(_shape(parameter)) for name, parameter in parameters})
 
     names = shards(document["workers"])
+    _check_files(directory, names)
     with ExitStack() as files:
         try:
             opened = [files.enter_context(safe_open(directory / name, framework="pt")) for name in names]
@@ -121,6 +122,7 @@ def read_weights(directory: Path, model: nn.Module, prefix: str) -> None:
         UserError: incomplete, or of another model.
     """
     document = read_state(directory)
+    _check_files(directory, shards(document["workers"]))
     names = list(document["parameters"])
     for rank, file in enumerate(shards(document["workers"])):
         with safe_open(Path(directory) / file, framework="pt") as shard:
@@ -152,6 +154,16 @@ def read_state(directory: Path) -> dict[str, Any]:
 def shards(workers: int) -> list[str]:
     """The names of a checkpoint's files of tensors, by rank."""
     return [f"shard-{rank:05d}-of-{workers:05d}.safetensors" for rank in range(workers)]
+
+
+def _check_files(directory: Path, names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            check_tensors(Path(directory) / name)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{directory}: a file of this checkpoint is missing or damaged: {error}. {_REMEDY}"
+            ) from error
 
 
 _REMEDY = "Resume from an earlier checkpoint or train from the start."

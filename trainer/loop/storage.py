@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,14 @@ from typing import Any
 import ray
 import ray.train
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-from safetensors import SafetensorError, safe_open
 
 from recommender.errors import UserError
 from trainer.loop.checkpoint import STATE_FILE, shards
+from trainer.loop.patience import patiently
+from trainer.loop.tensors import check_tensors
 
 SELECTION = "validation_NDCG@10"
 COLLABORATIVE = "training.safetensors"  # a collaborative model's checkpoint: this and STATE_FILE
-_PATIENCE, _PAUSE = 600.0, 5.0  # seconds: for how long a failing storage is tried again, and how often
 
 
 def report(directory: Path | None, name: str, state: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -42,18 +42,15 @@ def report(directory: Path | None, name: str, state: dict[str, Any], say: Callab
 
 def _upload(checkpoint: Any, name: str, say: Callable[[str], None]) -> Any:
     storage = ray.train.get_context().get_storage()
-    deadline = time.monotonic() + _PATIENCE
-    said = False
-    while True:
-        try:
-            return storage.persist_current_checkpoint(checkpoint, name)
-        except (OSError, RuntimeError) as error:  # RuntimeError: the directory is not there
-            if time.monotonic() > deadline:
-                raise
-            if not said:
-                say(f"{name} cannot be saved, trying again for {_PATIENCE / 60:.0f} minutes: {error}")
-                said = True
-            time.sleep(_PAUSE)
+    mine = [path.name for path in Path(checkpoint.path).iterdir()]
+    there = storage.build_checkpoint_path_from_name(name)
+
+    def undo() -> None:
+        for file in mine:  # other ranks' files lie there as well
+            with suppress(OSError):
+                storage.storage_filesystem.delete_file(f"{there}/{file}")
+
+    return patiently(lambda: storage.persist_current_checkpoint(checkpoint, name), undo, name, say)
 
 
 def reported(state: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +108,7 @@ def drop_damaged(checkpoints: Path, say: Callable[[str], None]) -> bool:
 
 
 def _read(directory: Path) -> dict[str, Any]:
-    """The state of a checkpoint whose files are all there, with good headers and of the size that these say.
+    """The state of a checkpoint whose files are all there and whole.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, or damaged.
@@ -123,12 +120,10 @@ def _read(directory: Path) -> dict[str, Any]:
             names, state = [COLLABORATIVE], document
         else:
             names, state = shards(document["workers"]), document["state"]
-        for path in (directory / name for name in names):
-            path.open("rb").close()  # what cannot be opened is no damage
-            with safe_open(path, framework="numpy"):
-                pass
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path.name}: {error}") from None
+    for name in names:
+        check_tensors(directory / name)
     return state
 
 

@@ -291,7 +291,7 @@ def report(engine: Any, state: dict[str, Any], log: Path) -> None:
         Preempted: a node of the run goes away.
     """
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint.save(engine, Path(directory), state)
+        checkpoint.save(engine, Path(directory), state, Progress(log))
         storage.report(Path(directory), f"step-{state['step']:08d}", state, Progress(log))
     preemption.leave_if_noticed(engine.device)
 

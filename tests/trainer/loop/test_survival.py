@@ -73,12 +73,15 @@ def fill(disk: Path) -> Path:
 
 
 def damage_newest(job: Job) -> str:
-    """Cut a file of the latest checkpoint short; returns what is said of it."""
+    """Turn bytes in the midst of a file of the latest checkpoint over; returns what is said of it."""
     listing = job.run / "ray" / "checkpoint_manager_snapshot.json"
     newest = json.loads(listing.read_text())["latest_checkpoint_result"]["checkpoint_dir_name"]
     shard = job.run / "ray" / newest / "shard-00001-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    return f"{shard.parent} is damaged and not used: {shard.name}"
+    content = bytearray(shard.read_bytes())
+    for at in range(len(content) // 2, len(content) // 2 + 200):
+        content[at] ^= 0x40
+    shard.write_bytes(content)
+    return f"{shard.parent} is damaged and not used: {shard.name}: its contents differ from its checksum"
 
 
 @pytest.fixture(scope="module")
