@@ -64,12 +64,14 @@ def tiny_bundle(tiny_experiment: Experiment, tiny_prepared: Prepared) -> Path:
     from recommender.bundle import Manifest
     from recommender.items.item_space import ItemSpace
     from recommender.recommender import Recommender
+    from trainer.run import begin
 
     space = ItemSpace.load(tiny_prepared.items)
     backbone = load_backbone(tiny_experiment.backbone, space.tokenizer, seed=1)
-    bundle = tiny_experiment.storage / "random"
-    Recommender(space, backbone, Manifest(name="tiny", metrics={"validation_NDCG@10": 0.1})).save(bundle)
-    return bundle
+    random = tiny_experiment.model_copy(update={"name": "random"})
+    version = begin(random, tiny_prepared, say=lambda text: None)
+    Recommender(space, backbone, Manifest(name="tiny", metrics={"validation_NDCG@10": 0.1})).save(version.bundle)
+    return version.bundle
 
 
 def add_version(storage: Path, name: str, bundle: Path) -> Path:

@@ -161,7 +161,7 @@ def test_extended_titles_go_on_from_real_ones() -> None:
 
 
 def test_all_tables_of_a_bundle(tiny_bundle: Path) -> None:
-    served = benchmark.Served.load(tiny_bundle, tiny_bundle.parent, 4, "cpu")
+    served = benchmark.Served.load(tiny_bundle, tiny_bundle, 4, "cpu")
     cases = [benchmark.make_case(served, items, 4, 5, 600) for items in (None, 300)]
     assert [len(case.trie) for case in cases] == [200, 300]
     latency = benchmark.latency_table(served, cases, 2, 5, 4, 1, with_generate=True)
@@ -177,7 +177,7 @@ def test_all_tables_of_a_bundle(tiny_bundle: Path) -> None:
 
 
 def test_a_profile_puts_every_matrix_product_where_it_belongs(tiny_bundle: Path) -> None:
-    served = benchmark.Served.load(tiny_bundle, tiny_bundle.parent, 4, "cpu")
+    served = benchmark.Served.load(tiny_bundle, tiny_bundle, 4, "cpu")
     backbone = profile_search.SpannedBackbone(served.backbone.model, served.backbone.tokenizer)
     search = profile_search.SpannedSearch(backbone, served.recommender.space.trie, served.configs["valid"])
     spent, operators, _ = profile_search.profiled(lambda: search.search(served.prompts, 5), 1)

@@ -19,6 +19,7 @@ from benchmarks.config import StudyConfig, as_override, load_study
 from benchmarks.runs import Study
 from benchmarks.statistics import paired_difference
 from benchmarks.study import conduct
+from recommender.bundle import Manifest
 from recommender.errors import UserError
 from recommender.metrics import metric_values
 from tests.versions import directory_of
@@ -78,7 +79,7 @@ class Pretence:
     def __call__(self, arguments: Sequence[str], log: Path) -> Ended:
         verb, base, *overrides = arguments
         experiment = load_experiment(base, [text for text in overrides if text != "--set"])
-        name, run = experiment.name, directory_of(experiment)
+        name = experiment.name
         self.commands.append((verb, name))
         with log.open("a") as file:
             file.write(f"this is the log of {verb}\n")
@@ -86,20 +87,22 @@ class Pretence:
             return Ended(2)
         method, trial, seed = name.removeprefix("toy-").rsplit("-", 2)
         if verb == "train":
+            run = experiment.model.begin().directory
             (run / "bundle").mkdir(parents=True)
             metrics = {"validation_NDCG@10": VALIDATION.get(f"{method}-{trial}", 0.1)}
-            (run / "bundle" / "recommender.json").write_text(json.dumps({"metrics": metrics}))
+            (run / "bundle" / "recommender.json").write_text(Manifest(name=name, metrics=metrics).model_dump_json())
             (run / "training.json").write_text(json.dumps([{"train_seconds": 40.0, "validation_seconds": 2.0}] * 2))
         else:
+            run = directory_of(experiment)
             assert (run / "bundle").exists()
-            (run / "evaluation").mkdir()
+            (run / "evaluation" / "test-1").mkdir(parents=True)
             rng = np.random.default_rng([len(method), int(seed[1:])])
             ranks = np.where(rng.random(TARGETS) < SKILL[method], rng.integers(1, 11, TARGETS), 0)
             targets = {"user_id": [f"u{n}" for n in range(TARGETS)], "target_item_id": ["i1"] * TARGETS}
-            pq.write_table(pa.table({**targets, "rank": ranks}), run / "evaluation" / "test.parquet")
+            pq.write_table(pa.table({**targets, "rank": ranks}), run / "evaluation" / "test-1" / "targets.parquet")
             values = {metric: float(each.mean()) for metric, each in metric_values(ranks, [1, 5, 10, 20]).items()}
             report = {"metrics": {"model": values, "most_popular": values}, "exact_rate": 1.0, "invalid_rate": 0.0}
-            (run / "evaluation" / "test.json").write_text(json.dumps(report))
+            (run / "evaluation" / "test-1" / "report.json").write_text(json.dumps(report))
         return Ended(0)
 
 
@@ -155,7 +158,7 @@ def test_what_is_done_is_not_repeated(study: Callable[..., Study], pretence: Pre
 
 def test_a_half_written_run_is_not_done(study: Callable[..., Study], pretence: Pretence, say: list[str]) -> None:
     conduct(study(), pretence, 1, say.append)
-    run = study().directory / "toy-lml-1-s1"
+    run = study().directory / "toy-lml-1-s1" / "1"
     (run / "training.json").unlink()
     shutil.rmtree(run / "bundle")
     shutil.rmtree(run / "evaluation")
@@ -249,7 +252,7 @@ def test_the_report_says_what_the_files_say(study: Callable[..., Study], pretenc
     assert (report["targets"], report["users"], report["unfinished"]) == (TARGETS, TARGETS, [])
 
     def values(method: str, metric: str) -> np.ndarray:
-        paths = [run.directory / "evaluation" / "test.parquet" for run in made.finals(method)]
+        paths = [run.evaluation.per_target for run in made.finals(method)]
         ranks = np.stack([pq.read_table(path)["rank"].to_numpy() for path in paths])
         return metric_values(ranks, [10])[metric]
 
@@ -280,7 +283,7 @@ def test_runs_on_other_targets_are_not_compared(
     study: Callable[..., Study], pretence: Pretence, say: list[str]
 ) -> None:
     conduct(study(), pretence, 1, say.append)
-    path = study().finals("sasrec")[1].directory / "evaluation" / "test.parquet"
+    path = study().finals("sasrec")[1].evaluation.per_target
     pq.write_table(pq.read_table(path).slice(1), path)
     with pytest.raises(UserError, match=r"toy-sasrec-1-s1.*not the targets that the other runs ranked"):
         conduct(study(), pretence, 1, say.append)
