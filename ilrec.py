@@ -150,6 +150,10 @@ def train(config: Config, fresh: Fresh = False, promote: Promote = False, overri
     from trainer.experiment import load_experiment
 
     experiment = load_experiment(config, overrides).located()
+    from recommender.bundle import read_manifest
+    from trainer.data.dataset import Dataset
+    from trainer.evaluation.floors import floors_of
+    from trainer.evaluation.standing import standing_on_validation
     from trainer.fit import check_model
     from trainer.fit import train as fit
     from trainer.prepare import prepare as write_prepared
@@ -157,9 +161,13 @@ def train(config: Config, fresh: Fresh = False, promote: Promote = False, overri
 
     check_model(experiment)
     with alone(experiment):
-        version = fit(experiment, write_prepared(experiment, _say), _say, fresh)
+        prepared = write_prepared(experiment, _say)
+        version = fit(experiment, prepared, _say, fresh)
+    dataset, manifest = Dataset.load(prepared.dataset), read_manifest(version.bundle)
+    stands = standing_on_validation(manifest, dataset, experiment.evaluation, floors_of(experiment), _say)
     _say(f"bundle: {version.bundle}\nreport: {version.directory}/report.html")
     _conclude(version, promote)
+    _say(f"validation: {stands}")
 
 
 def _conclude(version: Version, promote: bool) -> None:
@@ -225,7 +233,9 @@ def evaluate(
     storage: Storage = Path("runs"),
     overrides: Set = [],  # noqa: B006
 ) -> None:
-    """Rank every held-out target against the whole catalogue: HR and NDCG with 95 % intervals, most-popular beside.
+    """Rank every held-out target against the whole catalogue: HR and NDCG with 95 % intervals, and for whom.
+
+    Beside the model stand the floors that it has to beat: most-popular, item-to-item counts and the cosine of titles.
 
     \b
     ilrec evaluate demo
@@ -246,10 +256,12 @@ def evaluate(
         experiment = experiment_of(find_bundle(what, storage), overrides)
     experiment = experiment.located()
     bundle = find_bundle(model, experiment.storage)
-    from deploy.demo import print_report
+    from deploy.demo import print_audience, print_report
     from trainer.evaluation.evaluation import compare, read_per_target
     from trainer.evaluation.evaluation import evaluate as rank_all
+    from trainer.evaluation.floors import floors_of
     from trainer.evaluation.saved import per_target_of
+    from trainer.evaluation.standing import standing
     from trainer.prepare import prepare as write_prepared
     from trainer.reporting.report import write_report
     from trainer.run import CONFIG, SWEEP
@@ -259,9 +271,17 @@ def evaluate(
         read_per_target(other)  # before the ranking, which takes long
     prepared = write_prepared(experiment, _say)
     report, saved = rank_all(
-        bundle, prepared.dataset, split, experiment.evaluation, experiment.cluster, _say, experiment.search
+        bundle,
+        prepared.dataset,
+        split,
+        experiment.evaluation,
+        experiment.cluster,
+        _say,
+        experiment.search,
+        floors_of(experiment),
     )
     print_report(report.metrics, report.intervals)
+    print_audience(report)
     _say(
         f"{report.targets} {split} targets in {report.seconds:.1f} s; exact {report.exact_rate:.1%}, "
         f"invalid {report.invalid_rate:.1%}, {report.expansions:.1f} expansions a list"
@@ -274,6 +294,7 @@ def evaluate(
         found = compare(saved.per_target, other)
         low, high = found["interval"]
         _say(f"{found['metric']} minus {against}: {found['difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}]")
+    _say(f"{split}: {standing(report.metrics, report.differences)}")
 
 
 @app.command()

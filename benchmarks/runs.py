@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.config import StudyConfig, as_override
 from objectives.config import needs_rewards
 from recommender.bundle import peek_manifest
+from recommender.collaborative.config import CollaborativeModelConfig
 from recommender.errors import UserError
 from recommender.files import write_json
 from trainer.config import ClusterConfig, LanguageModelConfig
@@ -195,8 +196,12 @@ def plan_run(study: StudyConfig, name: str, storage: Path, method: str, trial: i
     placed = [as_override("name", run), as_override("cluster.storage", str(storage / name))]
     try:
         experiment = load_experiment(study.base, [*changes, *placed])
-        seed_field = "training.seed" if isinstance(experiment.recommender, LanguageModelConfig) else "recommender.seed"
-        overrides = (*changes, as_override(seed_field, seed), *placed)
+        seeded = []  # a floor draws nothing
+        if isinstance(experiment.recommender, LanguageModelConfig):
+            seeded = [as_override("training.seed", seed)]
+        elif isinstance(experiment.recommender, CollaborativeModelConfig):
+            seeded = [as_override("recommender.seed", seed)]
+        overrides = (*changes, *seeded, *placed)
         experiment = load_experiment(study.base, overrides)
     except UserError as error:
         raise UserError(f"method {method}, trial {trial}: {error}") from None

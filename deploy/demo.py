@@ -14,8 +14,10 @@ from recommender.bundle import read_manifest
 from recommender.files import read_json, write_json
 from recommender.models import Version
 from trainer.data.dataset import Dataset
-from trainer.evaluation.evaluation import evaluate
+from trainer.evaluation.evaluation import Report, evaluate
+from trainer.evaluation.floors import floors_of
 from trainer.evaluation.ranking import held_out
+from trainer.evaluation.standing import NAMES, standing
 from trainer.experiment import Experiment
 from trainer.fit import check_model, train
 from trainer.parts import Prepared, Say
@@ -51,6 +53,7 @@ def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[s
         experiment.cluster,
         say,
         experiment.search,
+        floors_of(experiment),
     )
     page = write_report(experiment, version.directory, prepared)
     history, answer = timed("serve", ask, experiment, version.bundle, Dataset.load(prepared.dataset))
@@ -60,6 +63,7 @@ def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[s
         metrics["oracle"] = read_json(world_of(experiment) / "oracle.json")["test"]["oracle"]
     print_recommendation(history, answer)
     print_report(metrics, report.intervals)
+    print_audience(report)
     summary = {
         "name": experiment.name,
         "metrics": metrics,
@@ -83,6 +87,7 @@ def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[s
     say(f"everything lies in {version.directory}")
     say(f"  report      {page}\n  bundle      {version.bundle}\n  evaluation  {saved.directory}\n  summary     {path}")
     say(f"serve it: ilrec serve {version}")
+    say(f"test: {standing(report.metrics, report.differences)}")
     return summary
 
 
@@ -128,7 +133,7 @@ def print_recommendation(history: list[str], answer: dict[str, Any]) -> None:
 
 def print_report(metrics: dict[str, dict[str, float]], intervals: dict[str, dict[str, tuple[float, float]]]) -> None:
     """Metrics by system, with their intervals where they were bootstrapped."""
-    table = Table("metric", *metrics, title="full ranking")
+    table = Table("metric", *(NAMES.get(system, system) for system in metrics), title="full ranking")
     for name in metrics["model"]:
         cells = []
         for system, values in metrics.items():
@@ -137,3 +142,26 @@ def print_report(metrics: dict[str, dict[str, float]], intervals: dict[str, dict
             cells.append(f"{values[name]:.4f}{interval}" if name in values else "–")
         table.add_row(name, *cells)
     Console().print(table)
+
+
+def print_audience(report: Report) -> None:
+    """NDCG@10 by kind of target and by policy, what lists are made of, and what could be reached."""
+    console = Console()
+    systems = list(report.metrics)
+    table = Table("NDCG@10 of …", "targets", *(NAMES[system] for system in systems), title="for whom")
+    for labels in report.segments.values():
+        for label, of in labels.items():
+            table.add_row(label, f"{of['model']['targets']:,}", *(f"{of[system]['NDCG@10']:.4f}" for system in systems))
+    for policy, of in report.policies.items():
+        values = (f"{of[system]['NDCG@10']:.4f}" if system in of else "–" for system in systems)
+        table.add_row(policy, f"{report.targets:,}", *values)
+    console.print(table)
+    table = Table("lists of 10", *(NAMES[system] for system in report.lists), title="what they are made of")
+    for name in report.lists["model"]:
+        table.add_row(name, *(f"{figures[name]:.3f}" for figures in report.lists.values()))
+    console.print(table)
+    found = report.reachable
+    console.print(
+        f"{found['unseen']:.1%} of the targets are unseen in training, {found['seen']:.1%} stand in their own history; "
+        f"the best list of items that training has seen would name {found['known_items']:.1%}"
+    )

@@ -3,6 +3,7 @@
     config.json, model*.safetensors            the model (or adapter_config.json, adapter_model.safetensors)
     tokenizer*.json, generation_config.json    as `save_pretrained` writes them
     collaborative.json, model.safetensors      in place of those, for a collaborative model
+    floor.json, model.safetensors              in place of those, for an ItemKNN or TF-IDF; terms.json: TF-IDF's terms
     catalogue.parquet, titles.marisa           the items and the index of their titles
     trie.safetensors, items.json               language models: spelled identifiers as a radix trie; identifier and
                                                prompt settings
@@ -31,6 +32,7 @@ MANIFEST = "recommender.json"
 CARD = "README.md"
 SCHEMA_VERSION = 1
 LANGUAGE_MODEL = "language_model"
+FLOORS = ("itemknn", "tfidf")  # the kinds of recommender that every other one has to beat
 
 
 class Golden(BaseModel):
@@ -92,7 +94,7 @@ class Manifest(BaseModel):
 
     @property
     def kind(self) -> str:
-        """ "language_model", or a kind of collaborative model."""
+        """ "language_model", one of FLOORS, or a kind of collaborative model."""
         return str(self.recommender.get("kind", LANGUAGE_MODEL))
 
     @property
@@ -194,7 +196,7 @@ def _card(manifest: Manifest) -> str:
         library, what = "transformers", "A language-model recommender: it names a user's next item."
         made_of = f"Backbone: `{json.dumps(manifest.backbone)}`; objective: `{json.dumps(manifest.objective)}`"
     else:
-        library, what = "ilrec", "A collaborative recommender: it scores every item for a user's history."
+        library, what = "ilrec", "A recommender that scores every item for a user's history."
         made_of = f"Model: `{json.dumps(manifest.recommender)}`"
     return f"""---
 library_name: {library}

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from recommender.backbone.bases import Bases
-from recommender.bundle import LANGUAGE_MODEL, kind_of
+from recommender.bundle import FLOORS, LANGUAGE_MODEL, kind_of
 from recommender.collaborative.recommender import CollaborativeRecommender
 from recommender.config import SearchConfig
+from recommender.floors.recommender import FloorRecommender
 from recommender.recommendation import AnyRecommender
 from recommender.recommender import Recommender
 
@@ -26,9 +27,9 @@ def load_recommender(
 
     Args:
         bundle: the directory that `ilrec train` or `ilrec export` wrote.
-        device: e.g. "cpu", "cuda".
+        device: e.g. "cpu", "cuda"; an ItemKNN or TF-IDF always computes on the CPU.
         dtype: of a language model's weights; None = as they were saved.
-        search: in place of a language model's own search settings. A collaborative model scores every item.
+        search: in place of a language model's own search settings. Others score every item.
         history_cache: bytes of keys and values of histories that a language model keeps.
         bases: where a language model shares the weights that others have as well.
 
@@ -36,6 +37,9 @@ def load_recommender(
         UserError: missing, damaged or of another version.
     """
     directory = Path(bundle).expanduser()
-    if kind_of(directory) == LANGUAGE_MODEL:
+    kind = kind_of(directory)
+    if kind == LANGUAGE_MODEL:
         return Recommender.load(directory, device, dtype, search, history_cache, bases)
+    if kind in FLOORS:
+        return FloorRecommender.load(directory)
     return CollaborativeRecommender.load(directory, device)

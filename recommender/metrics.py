@@ -78,3 +78,28 @@ def popularity_ranks(popularity: np.ndarray, targets: np.ndarray, seen: Sequence
         barred = np.array([bool((s == target).any()) for s, target in zip(seen, targets, strict=True)])
         ranks = np.where(barred, 0, ranks - above)
     return ranks
+
+
+def score_ranks(scores: np.ndarray, targets: np.ndarray, seen: Sequence[np.ndarray] | None) -> np.ndarray:
+    """Ranks of `targets` [M] by the scores of all items, ties in catalogue order.
+
+    Args:
+        scores: float [M, items].
+        targets: int [M]; item indices.
+        seen: for each target the items that may not be listed; None = all may be.
+
+    Returns:
+        int64 [M]; 1 = first, 0 = the target itself may not be listed.
+
+    Example:
+        >>> score_ranks(np.array([[.1, .3, .3], [.1, .3, .3]]), np.array([2, 2]), [np.array([], int), np.array([1])])
+        array([2, 1])
+    """
+    own = scores[np.arange(len(targets)), targets][:, None]
+    above = (scores > own) | ((scores == own) & (np.arange(scores.shape[1]) < targets[:, None]))
+    if seen is None:
+        return 1 + above.sum(1)
+    for row, items in enumerate(seen):
+        above[row, items] = False
+    barred = np.array([bool((items == target).any()) for items, target in zip(seen, targets, strict=True)], bool)
+    return np.where(barred, 0, 1 + above.sum(1))

@@ -22,7 +22,7 @@ class Recommendation:
 
     Attributes:
         items: item indices, best first; fewer than k when the filters leave fewer.
-        scores: log-probabilities of the items, in the same order.
+        scores: of the items, in the same order: log-probabilities, or what an ItemKNN or TF-IDF gives.
         exact: whether this is proven to be the true top-K of the allowed items.
         expansions: trie nodes that the search expanded; 0 for a model that scores every item.
         prompt_tokens: tokens of the prompt that was run; 0 for a model that reads none.
@@ -38,7 +38,7 @@ class Recommendation:
 
 
 class AnyRecommender(Protocol):
-    """A language model with its search, or a collaborative model: what evaluation and the endpoint ask of them."""
+    """A language model with its search, or one that scores every item: what evaluation and the endpoint ask of them."""
 
     catalogue: Catalogue
     manifest: Manifest

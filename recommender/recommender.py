@@ -82,7 +82,7 @@ class Recommender:
             bases: where to share the weights of the model, or of the one under an adapter.
 
         Raises:
-            UserError: missing, damaged, of another version, or the bundle of a collaborative model.
+            UserError: missing, damaged, of another version, or the bundle of something else.
         """
         directory = Path(bundle).expanduser()
         manifest = language_model_manifest(directory)
@@ -219,11 +219,11 @@ def language_model_manifest(bundle: Path) -> Manifest:
     """The manifest of a language model's bundle, its files checked against it.
 
     Raises:
-        UserError: missing, damaged, of another version, or the bundle of a collaborative model.
+        UserError: missing, damaged, of another version, or the bundle of something else.
     """
     manifest = read_manifest(bundle)
     if manifest.kind != LANGUAGE_MODEL:
-        raise UserError(f"{bundle}: holds a collaborative model ({manifest.kind}), and a language model is needed here")
+        raise UserError(f"{bundle}: holds no language model ({manifest.kind}), and one is needed here")
     return manifest
 
 
@@ -291,7 +291,7 @@ def extend_bundle(
         version, made_from: of the new bundle's manifest.
 
     Raises:
-        UserError: the bundle holds a collaborative model, or an item id is known already.
+        UserError: the bundle holds no language model, or an item id is known already.
     """
     recommender = Recommender.load(bundle)
     manifest = recommender.manifest.model_copy(update={"version": version, "made_from": made_from})

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from recommender.collaborative.config import CollaborativeConfig
 from recommender.config import StrictModel
 from recommender.errors import UserError
+from recommender.floors.config import FloorConfig
 
 
 class LanguageModelConfig(StrictModel):
@@ -18,7 +19,7 @@ class LanguageModelConfig(StrictModel):
     kind: Literal["language_model"] = "language_model"
 
 
-RecommenderConfig = Annotated[LanguageModelConfig | CollaborativeConfig, Field(discriminator="kind")]
+RecommenderConfig = Annotated[LanguageModelConfig | CollaborativeConfig | FloorConfig, Field(discriminator="kind")]
 
 
 class CollaborativeBundle(StrictModel):
@@ -184,3 +185,15 @@ class EvaluationConfig(StrictModel):
         "in it, and moves a few ranks. null: as they were saved.",
     )
     bootstrap: int = Field(1000, ge=100, description="Resamples behind the 95 % intervals.")
+    floors: tuple[Literal["itemknn", "tfidf"], ...] = Field(
+        ("itemknn", "tfidf"),
+        description="What stands beside the model and most-popular: fitted in seconds, chosen on validation, kept.",
+    )
+    both_policies: bool = Field(
+        False,
+        description="Rank with seen items allowed and left out. The floors and collaborative models always are; a "
+        "language model is searched a second time for it.",
+    )
+    category: str | None = Field(
+        None, description="A column of the items file: how far its values' shares in lists are from those in histories."
+    )

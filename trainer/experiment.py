@@ -58,8 +58,9 @@ class Experiment(StrictModel):
     data: DataConfig | None = Field(None, description="Interactions and items. Left out only where `world` is given.")
     recommender: RecommenderConfig = Field(
         LanguageModelConfig(),
-        description="What is trained: a language model, or a collaborative model on the same data under the same "
-        "protocol, to which `identifier`, `prompt`, `backbone`, `init_from`, `objective`, `training`, `search` and "
+        description="What is trained: a language model; or, on the same data under the same protocol, a collaborative "
+        "model, an item-to-item count (itemknn) or the cosine of titles (tfidf), to which `identifier`, `prompt`, "
+        "`backbone`, `init_from`, `objective`, `training`, `search` and "
         "`collaborative` do not apply.",
     )
     identifier: IdentifierConfig = IdentifierConfig()

@@ -12,6 +12,7 @@ from recommender.bundle import Manifest, read_manifest
 from recommender.config import PRESETS, PresetBackbone
 from recommender.errors import UserError
 from recommender.files import write_json
+from recommender.floors.config import ItemKNNConfig, TfidfConfig
 from recommender.items.item_space import ItemSpace
 from recommender.models import Version
 from recommender.recommender import Recommender, language_model_manifest
@@ -19,6 +20,7 @@ from trainer.cluster import check_address, check_resources, connect
 from trainer.collaborative.fit import ensure_collaborative, fit_collaborative
 from trainer.config import CollaborativeBundle, LanguageModelConfig
 from trainer.data.dataset import Dataset
+from trainer.evaluation.floors import fit_floor
 from trainer.experiment import Experiment
 from trainer.loop import checkpoint
 from trainer.loop.launch import Trained, run_to_best, torch_trainer
@@ -31,6 +33,7 @@ from trainer.run import HISTORY, LOG, begin, version_of
 
 def train(experiment: Experiment, prepared: Prepared, say: Say = print, fresh: bool = False) -> Version:
     """Train a version of the experiment's model on Ray, export its best checkpoint as a bundle, and draw its report.
+    A floor is fitted right here.
 
     What was begun with the same config on the same data goes on from its latest checkpoint; what is finished is not
     repeated; anything else becomes a new version beside those that there are.
@@ -48,6 +51,11 @@ def train(experiment: Experiment, prepared: Prepared, say: Say = print, fresh: b
     version = None if fresh else version_of(experiment, dataset.fingerprint)
     if version is not None and version.is_complete:
         say(f"{version} is trained already, with this config on these data; --fresh trains another version")
+        return version
+    if isinstance(experiment.recommender, ItemKNNConfig | TfidfConfig):
+        version = version or begin(experiment, prepared, say=say)
+        fit_floor(experiment, experiment.recommender, version, dataset, say)
+        write_report(experiment, version.directory, prepared)
         return version
     connect()
     check_resources(experiment.cluster, experiment.cluster.fewest_workers)

@@ -58,7 +58,16 @@ _FREE = {
         "patience",
     ),
     "recommender": ("patience",),
-    "evaluation": ("cutoffs", "test_targets", "batch", "precision", "bootstrap"),
+    "evaluation": (
+        "cutoffs",
+        "test_targets",
+        "batch",
+        "precision",
+        "bootstrap",
+        "floors",
+        "both_policies",
+        "category",
+    ),
     "data": ("interactions", "items", "train", "validation", "test"),
 }
 _SHOWN = 8  # fields that differ from the version before

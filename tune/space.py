@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from itertools import combinations, product
 from typing import Any
 
+from recommender.collaborative.config import CollaborativeModelConfig
 from recommender.errors import UserError
+from recommender.floors.config import ItemKNNConfig, TfidfConfig
 from trainer.config import LanguageModelConfig
 from trainer.experiment import Experiment, with_fields
 from trainer.sweep_config import SweepConfig
@@ -28,6 +30,11 @@ def check_sweep(experiment: Experiment) -> tuple[SweepConfig, list[Experiment]]:
     sweep, base = experiment.sweep, experiment.model_copy(update={"sweep": None})
     if sweep is None:
         raise UserError("the experiment has no `sweep:` section, which says what to tune; see configs/sweeps/demo.yaml")
+    if isinstance(experiment.recommender, ItemKNNConfig | TfidfConfig):
+        raise UserError(
+            f"recommender.kind: {experiment.recommender.kind} chooses its settings by itself; give the values to try "
+            "as lists (--set 'recommender.decay=[0.3, 0.6]') and run ilrec train"
+        )
     corners = {path: parameter.corners for path, parameter in sweep.parameters.items()}
     first = {path: values[0] for path, values in corners.items()}
     found = []
@@ -70,7 +77,7 @@ def trial_experiment(experiment: Experiment, parameters: Mapping[str, Any]) -> E
 def epochs_of(experiment: Experiment) -> int:
     """The most epochs that training runs."""
     recommender = experiment.recommender
-    return experiment.training.epochs if isinstance(recommender, LanguageModelConfig) else recommender.epochs
+    return recommender.epochs if isinstance(recommender, CollaborativeModelConfig) else experiment.training.epochs
 
 
 def shown(parameters: Mapping[str, Any]) -> str:

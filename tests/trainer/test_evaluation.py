@@ -14,11 +14,14 @@ import pytest
 import torch
 
 from recommender.errors import UserError
+from recommender.loading import load_recommender
+from recommender.metrics import metric_values
 from recommender.recommender import Recommendation, Recommender
 from tests.brute_force import BruteForce
 from trainer.config import ClusterConfig, EvaluationConfig
 from trainer.data.dataset import Dataset
 from trainer.evaluation.evaluation import Report, _RankingWorker, compare, evaluate
+from trainer.evaluation.floors import kept_floors
 from trainer.evaluation.ranking import HeldOut, held_out, ranks_of
 from trainer.evaluation.saved import Saved, latest
 from trainer.parts import Prepared
@@ -42,13 +45,19 @@ def force(tiny_bundle: Path) -> BruteForce:
     return BruteForce(tiny_bundle)
 
 
-CONFIG, CLUSTER = EvaluationConfig(batch=7, bootstrap=100, exclude_seen=True), ClusterConfig(workers=2)
+CONFIG = EvaluationConfig(batch=7, bootstrap=100, exclude_seen=True, both_policies=True, category="kind")
+CLUSTER = ClusterConfig(workers=2)
 
 
 @pytest.fixture(scope="module")
-def evaluated(ray_cluster: None, tiny_bundle: Path, tiny_prepared: Prepared) -> tuple[Report, Saved]:
-    """The test split on two workers in batches of 7."""
-    return evaluate(tiny_bundle, tiny_prepared.dataset, "test", CONFIG, CLUSTER, lambda text: None)
+def evaluated(ray_cluster: None, tiny_bundle: Path, tiny_prepared: Prepared, floors: Path) -> tuple[Report, Saved]:
+    """The test split on two workers in batches of 7, under both policies, all floors beside."""
+    return evaluate(tiny_bundle, tiny_prepared.dataset, "test", CONFIG, CLUSTER, lambda text: None, floors_dir=floors)
+
+
+@pytest.fixture(scope="module")
+def floors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("floors")
 
 
 @pytest.fixture(scope="module")
@@ -199,10 +208,63 @@ def test_most_popular_is_counted_on_what_training_sees(report: Report, saved: Sa
         assert rank == 1 + sorted(left, key=lambda i: (-counts[i], i)).index(target)
 
 
-def test_difference_to_most_popular_is_paired(report: Report) -> None:
-    for name, (low, high) in report.difference.items():
-        mean = report.metrics["model"][name] - report.metrics["most_popular"][name]
-        assert low <= mean <= high
+def test_differences_to_the_floors_are_paired(report: Report) -> None:
+    assert list(report.differences) == ["most_popular", "itemknn", "tfidf"]
+    for floor, differences in report.differences.items():
+        for name, (low, high) in differences.items():
+            mean = report.metrics["model"][name] - report.metrics[floor][name]
+            assert low <= mean <= high
+
+
+def test_floors_are_ranked_like_the_model(report: Report, saved: Saved, floors: Path, dataset: Dataset) -> None:
+    """Each floor's ranks, under both policies, and their means; kept floors are used again."""
+    table = pq.read_table(saved.per_target)
+    split = held_out(dataset, "test")
+    for kind in ("itemknn", "tfidf"):
+        [bundle] = floors.glob(f"{kind}-*")
+        floor = load_recommender(bundle)
+        for column, policy, left_out in (
+            (f"{kind}_rank", "seen left out", True),
+            (f"{kind}_rank_seen_allowed", "seen allowed", False),
+        ):
+            ranks = ranks_of(floor, split, K, left_out, 16).ranks
+            assert table[column].to_pylist() == ranks.tolist()
+            mean = metric_values(ranks, [10])["NDCG@10"].mean()
+            assert report.policies[policy][kind]["NDCG@10"] == pytest.approx(mean)
+        assert report.metrics[kind]["NDCG@10"] == report.policies["seen left out"][kind]["NDCG@10"]
+    changed = {path: path.stat().st_mtime_ns for path in floors.rglob("*.safetensors")}
+    config = EvaluationConfig(batch=7, bootstrap=100, exclude_seen=True)
+    kept_floors(dataset, config, floors, lambda text: pytest.fail(text))
+    assert changed == {path: path.stat().st_mtime_ns for path in floors.rglob("*.safetensors")}
+
+
+def test_both_policies_of_the_model(report: Report, saved: Saved, dataset: Dataset, recommender: Recommender) -> None:
+    table = pq.read_table(saved.per_target)
+    split = held_out(dataset, "test")
+    assert table["rank_seen_allowed"].to_pylist() == ranks_of(recommender, split, K, False, 16).ranks.tolist()
+    assert report.policies["seen left out"]["model"]["NDCG@10"] == report.metrics["model"]["NDCG@10"]
+
+
+def test_segments_and_lists_are_saved(report: Report, saved: Saved, dataset: Dataset) -> None:
+    assert saved.report["segments"] == report.segments
+    for labels in report.segments.values():
+        assert sum(of["model"]["targets"] for of in labels.values()) == report.targets
+        for system in ("model", "most_popular", "itemknn", "tfidf"):
+            parts = [of[system]["targets"] * of[system]["NDCG@10"] for of in labels.values()]
+            assert sum(parts) / report.targets == pytest.approx(report.metrics[system]["NDCG@10"])
+    assert set(report.lists) == {"model", "itemknn", "tfidf"}
+    assert {"ARP", "coverage", "gini", "unseen", "ORRatio", "MGU", "DGU"} <= set(report.lists["model"])
+    table = pq.read_table(saved.per_target)
+    assert table["known_user"].to_pylist() == [True] * len(dataset.users)
+    unseen = np.mean([count == 0 for count in table["target_popularity"].to_pylist()])
+    assert report.reachable["unseen"] == pytest.approx(unseen)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_unknown_category_is_refused(tiny_bundle: Path, tiny_prepared: Prepared, tmp_path: Path) -> None:
+    config = EvaluationConfig(category="colour")
+    with pytest.raises(UserError, match=r"evaluation\.category: the items have no column 'colour'; there are: item_id"):
+        evaluate(tiny_bundle, tiny_prepared.dataset, "test", config, ClusterConfig(), lambda text: None)
 
 
 def test_compare(report: Report, saved: Saved, tmp_path: Path) -> None:

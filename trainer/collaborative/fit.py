@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recommender.bundle import LANGUAGE_MODEL, Manifest, read_manifest
+from recommender.bundle import FLOORS, LANGUAGE_MODEL, Manifest, read_manifest
 from recommender.catalogue.catalogue import Catalogue
-from recommender.collaborative.config import CollaborativeConfig
+from recommender.collaborative.config import CollaborativeConfig, CollaborativeModelConfig
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
 from recommender.errors import UserError
 from recommender.files import digest, write_json
@@ -14,7 +14,7 @@ from recommender.lock import LOCK, locked
 from recommender.models import Model, Version
 from trainer.cluster import check_resources, connect
 from trainer.collaborative.worker import TOO_LARGE, load, train_worker
-from trainer.config import CollaborativeBundle, LanguageModelConfig
+from trainer.config import CollaborativeBundle
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
 from trainer.loop.launch import Trained, run_to_best, torch_trainer
@@ -47,9 +47,10 @@ def ensure_collaborative(experiment: Experiment, prepared: Prepared, say: Say = 
         else _shared(experiment, config, dataset, prepared, say)
     )
     manifest = read_manifest(bundle)
-    if manifest.kind == LANGUAGE_MODEL:
+    if manifest.kind in (LANGUAGE_MODEL, *FLOORS):
+        held = "a language model" if manifest.kind == LANGUAGE_MODEL else manifest.kind
         raise UserError(
-            f"collaborative: {bundle} holds a language model; give the bundle of a collaborative one "
+            f"collaborative: {bundle} holds {held}; give the bundle of a collaborative one "
             "(--set recommender.kind=sasrec trains it), or its config"
         )
     same_items = Catalogue.load(bundle).item_ids == dataset.item_ids
@@ -98,7 +99,7 @@ def fit_collaborative(run: Experiment, version: Version, prepared: Prepared, say
 def export_collaborative(run: Experiment, version: Version, prepared: Prepared, trained: Trained) -> Path:
     """Write the history and, last, the bundle of what was trained: with it the version is finished."""
     config, dataset = run.recommender, Dataset.load(prepared.dataset)
-    assert not isinstance(config, LanguageModelConfig)
+    assert isinstance(config, CollaborativeModelConfig)
     model = build_model(config, len(dataset.item_ids))
     with trained.checkpoint.as_directory() as directory:
         load(Path(directory), model)

@@ -26,13 +26,14 @@ from torch import Tensor
 
 from recommender.bundle import Manifest
 from recommender.catalogue.catalogue import Catalogue
+from recommender.collaborative.config import CollaborativeModelConfig
 from recommender.collaborative.model import CollaborativeModel
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
 from recommender.errors import UserError
 from recommender.files import write_json
 from recommender.metrics import metric_values
 from trainer.collaborative.windows import Epoch, TrainingWindows, pieces
-from trainer.config import EvaluationConfig, LanguageModelConfig
+from trainer.config import EvaluationConfig
 from trainer.data.dataset import Dataset
 from trainer.evaluation.ranking import HeldOut, held_out, ranks_of
 from trainer.experiment import Experiment
@@ -73,7 +74,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 def _train(experiment: Experiment, prepared: Prepared, log: Path) -> None:
     config = experiment.recommender
-    assert not isinstance(config, LanguageModelConfig)
+    assert isinstance(config, CollaborativeModelConfig)
     rank, world = dist.get_rank(), dist.get_world_size()
     device = ray.train.torch.get_device()
     say = Progress(log, rank)

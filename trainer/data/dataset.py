@@ -67,6 +67,13 @@ class Dataset:
         begin = self.offsets[sequence]
         return self.flat_items[begin + max(0, position - limit) : begin + position]
 
+    def training_interactions(self) -> tuple[np.ndarray, np.ndarray]:
+        """What training may see: whose sequence each interaction is, int64 [n], rising, and its item, int32 [n], oldest
+        first within a sequence.
+        """
+        sequence = np.repeat(np.arange(len(self.users)), np.diff(self.offsets))
+        return sequence[self.seen_in_training], self.flat_items[self.seen_in_training]
+
     def popularity(self) -> np.ndarray:
         """int64 [items]: how often each item occurs in what training may see."""
         return np.bincount(self.flat_items[self.seen_in_training], minlength=len(self.items_table)).astype(np.int64)

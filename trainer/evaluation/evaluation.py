@@ -1,4 +1,4 @@
-"""`ilrec evaluate`: full ranking of held-out targets, spread over Ray workers, with most-popular beside it."""
+"""`ilrec evaluate`: full ranking of held-out targets, spread over Ray workers, with the floors beside it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from recommender.bundle import Manifest, read_manifest
+from recommender.bundle import LANGUAGE_MODEL, Manifest, read_manifest
 from recommender.catalogue.catalogue import Catalogue
 from recommender.config import SearchConfig
 from recommender.errors import UserError
 from recommender.files import digest, new_directory, read_json, write_json
 from recommender.loading import load_recommender
-from recommender.metrics import bootstrap_interval, metric_values, popularity_ranks
+from recommender.metrics import bootstrap_interval, metric_values
 from trainer.cluster import check_resources, connect
 from trainer.config import ClusterConfig, EvaluationConfig
 from trainer.data.dataset import Dataset
+from trainer.evaluation.breakdown import breakdown, categories_of, per_target, rank_floors
 from trainer.evaluation.ranking import HeldOut, Ranking, held_out, ranks_of
 from trainer.evaluation.saved import EVALUATION, REPORT, TARGETS, Saved
 from trainer.parts import Say
@@ -37,26 +38,33 @@ class Report:
     Attributes:
         split: "validation" or "test".
         targets: how many were ranked.
-        metrics: system ("model", "most_popular") → metric name → mean.
+        metrics: system ("model", "most_popular", "itemknn", "tfidf") → metric name → mean.
         intervals: the same, → 95 % interval, from a bootstrap over users.
-        difference: model − most_popular, → paired 95 % interval.
+        differences: floor → metric name → paired 95 % interval of model − floor.
         invalid_rate: share of listed items that do not exist, repeat or were excluded; must be 0.
         exact_rate: share of answers proven to be the true top-K.
         expansions: mean number of trie nodes expanded for an answer.
         seconds: wall time of the ranking.
         evaluated_at: when, in UTC.
+        floor_seconds: wall time of each floor's ranking, with seen items allowed and left out.
+        segments, lists, reachable, policies: see `trainer/evaluation/breakdown.py`.
     """
 
     split: str
     targets: int
     metrics: dict[str, dict[str, float]]
     intervals: dict[str, dict[str, tuple[float, float]]]
-    difference: dict[str, tuple[float, float]]
+    differences: dict[str, dict[str, tuple[float, float]]]
     invalid_rate: float
     exact_rate: float
     expansions: float
     seconds: float
     evaluated_at: str
+    floor_seconds: dict[str, float]
+    segments: dict[str, Any]
+    lists: dict[str, dict[str, float]]
+    reachable: dict[str, float]
+    policies: dict[str, dict[str, dict[str, float]]]
 
 
 def evaluate(
@@ -67,6 +75,7 @@ def evaluate(
     cluster: ClusterConfig,
     say: Say,
     search: SearchConfig | None = None,
+    floors_dir: Path | None = None,
 ) -> tuple[Report, Saved]:
     """Rank every target of a split with a bundle and save the outcome beside it, see `trainer/evaluation/saved.py`.
 
@@ -74,9 +83,11 @@ def evaluate(
 
     Args:
         search: in place of the bundle's own search settings.
+        floors_dir: where ItemKNN and TF-IDF are kept; None: most-popular alone stands beside the model.
 
     Raises:
-        UserError: the bundle does not fit the dataset's catalogue, the split is empty, or the cluster is too small.
+        UserError: the bundle does not fit the dataset's catalogue, the split is empty, the cluster is too small, or
+            there is no column `evaluation.category`.
     """
     dataset = Dataset.load(dataset_dir)
     limit = config.test_targets if split == "test" else config.validation_targets
@@ -96,18 +107,21 @@ def evaluate(
         return Report(**found), saved
     if manifest.data_fingerprint != dataset.fingerprint:
         say(f"note: {bundle} was trained on other data than {dataset_dir}; it may have seen these targets")
+    if config.category is not None:
+        categories_of(dataset, config.category)  # before the ranking, which takes long
     connect()
     k = max(10, *config.cutoffs)
     started = time.monotonic()
     ranking = _rank(bundle, dataset_dir, split, limit, len(targets), k, config, cluster, say, search)
     seconds = time.monotonic() - started
+    other = None
+    if config.both_policies or manifest.kind != LANGUAGE_MODEL:
+        flipped = config.model_copy(update={"exclude_seen": not config.exclude_seen})
+        other = _rank(bundle, dataset_dir, split, limit, len(targets), k, flipped, cluster, say, search).ranks
 
-    popular = popularity_ranks(
-        dataset.popularity(), targets.targets, targets.histories if config.exclude_seen else None
-    )
-    values = {
-        "model": metric_values(ranking.ranks, config.cutoffs),
-        "most_popular": metric_values(popular, config.cutoffs),
+    floors = rank_floors(dataset, targets, k, config, floors_dir, say)
+    values = {"model": metric_values(ranking.ranks, config.cutoffs)} | {
+        floor: metric_values(ranks[config.exclude_seen], config.cutoffs) for floor, ranks in floors.ranks.items()
     }
     users = np.array(dataset.users)[dataset.targets[split].sequence[targets.numbers]]
     report = Report(
@@ -118,18 +132,24 @@ def evaluate(
             system: {name: bootstrap_interval(v, users, config.bootstrap) for name, v in of.items()}
             for system, of in values.items()
         },
-        difference={
-            name: bootstrap_interval(v - values["most_popular"][name], users, config.bootstrap)
-            for name, v in values["model"].items()
+        differences={
+            floor: {
+                name: bootstrap_interval(v - values[floor][name], users, config.bootstrap)
+                for name, v in values["model"].items()
+            }
+            for floor in floors.ranks
         },
         invalid_rate=ranking.invalid / (len(targets) * k),
         exact_rate=float(ranking.exact.mean()),
         expansions=float(ranking.expansions.mean()),
         seconds=seconds,
         evaluated_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        floor_seconds=floors.seconds,
+        **breakdown(dataset, split, targets, ranking, floors, other, config),
     )
+    columns = per_target(dataset, split, targets, floors, other, config.exclude_seen)
     with new_directory(saved.directory) as aside:
-        _write_per_target(dataset, users, targets, ranking, popular, aside / TARGETS)
+        _write_per_target(dataset, users, targets, ranking, columns, aside / TARGETS)
         write_json(aside / REPORT, vars(report))
     return report, saved
 
@@ -234,7 +254,7 @@ class _RankingWorker:
 
 
 def _write_per_target(
-    dataset: Dataset, users: np.ndarray, targets: HeldOut, ranking: Ranking, popular: np.ndarray, path: Path
+    dataset: Dataset, users: np.ndarray, targets: HeldOut, ranking: Ranking, columns: dict[str, Any], path: Path
 ) -> None:
     listed = (ranking.items >= 0) & (ranking.items < len(dataset.item_ids))
     offsets = np.concatenate([[0], np.cumsum(listed.sum(1))]).astype(np.int32)
@@ -246,7 +266,7 @@ def _write_per_target(
             "rank": ranking.ranks,
             "exact": ranking.exact,
             "expansions": ranking.expansions,
-            "most_popular_rank": popular,
+            **columns,
             "history_length": [len(history) for history in targets.histories],
             "target_popularity": dataset.popularity()[targets.targets],
             "recommended": pa.ListArray.from_arrays(offsets, items),

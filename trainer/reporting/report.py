@@ -13,13 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from recommender.collaborative.config import CollaborativeModelConfig
 from recommender.files import read_json, write_text
 from recommender.metrics import bootstrap_interval, metric_values
+from recommender.segments import segments as parted
 from trainer.config import LanguageModelConfig
 from trainer.data.dataset import Dataset
 from trainer.data.splits import SPLITS
 from trainer.evaluation.ranking import held_out
 from trainer.evaluation.saved import latest
+from trainer.evaluation.standing import NAMES, standing
 from trainer.experiment import Experiment
 from trainer.loop.storage import SELECTION
 from trainer.loop.worker import learning_rate
@@ -100,25 +103,28 @@ def headline(experiment: Experiment, history: Sequence[Mapping[str, float]], tes
     recommender = experiment.recommender
     if isinstance(recommender, LanguageModelConfig):
         said = [f"A language model trained with {experiment.objective.kind}."]
-    else:
+    elif isinstance(recommender, CollaborativeModelConfig):
         said = [f"A collaborative model, {recommender.kind}."]
+    else:
+        said = [
+            f"A floor, {recommender.kind}, fitted without training; each setting that was tried counts as an epoch."
+        ]
     if history:
         best = best_epoch(history)
         said.append(f"Epoch {best['epoch']} of {len(history)} is the best: validation NDCG@10 {best[SELECTION]:.4f}.")
     if test and (value := test["metrics"]["model"].get("NDCG@10")) is not None:
-        popular = test["metrics"]["most_popular"]["NDCG@10"]
-        said.append(f"Test NDCG@10 {value:.4f}; most-popular reaches {popular:.4f}.")
+        said.append(f"Test NDCG@10 {value:.4f}; {standing(test['metrics'], test.get('differences', {}))}.")
     return " ".join(said)
 
 
 def test_section(test: Mapping[str, Any]) -> Iterator[str]:
-    """The metrics with their intervals, most-popular beside them."""
+    """The metrics with their intervals, those of the floors beside them."""
     yield (
         f"<p>{test['targets']:,} targets, each ranked among the whole catalogue; bars are 95 % intervals. "
         f"{test['exact_rate']:.1%} of the lists are proven to be the true top-K, {test['invalid_rate']:.1%} of what "
         "they list is invalid.</p>"
     )
-    systems = {"model": "model", "most_popular": "most popular"}
+    systems = {system: NAMES[system] for system in test["metrics"]}
     yield figures.intervals(
         {
             name: {
@@ -133,37 +139,25 @@ def test_section(test: Mapping[str, Any]) -> Iterator[str]:
 def segments(targets: pa.Table) -> Iterator[str]:
     """The metric by how often the target occurs in training, and by the length of its history."""
     cutoff = int(_SEGMENTED.partition("@")[2])
+    columns = {"model": "rank"} | {NAMES[floor]: f"{floor}_rank" for floor in NAMES}
     values = {
         system: metric_values(targets[column].to_numpy(), [cutoff])[_SEGMENTED]
-        for system, column in (("model", "rank"), ("most popular", "most_popular_rank"))
+        for system, column in columns.items()
+        if column in targets.column_names
     }
-    popularity, length = targets["target_popularity"].to_numpy(), targets["history_length"].to_numpy()
-    unseen = {"unseen in training": popularity == 0} if (popularity == 0).any() else {}
-    by_popularity = unseen | thirds(popularity, popularity > 0, ("tail", "middle", "head"), "times in training")
-    by_length = thirds(length, length >= 0, ("short", "medium", "long"), "items")
+    known = targets["known_user"].to_numpy() if "known_user" in targets.column_names else None
+    found = parted(targets["target_popularity"].to_numpy(), targets["history_length"].to_numpy(), known)
+    users = targets["user_id"].to_numpy()
     yield (
         "<p>Targets that training has seen, in thirds: those of rarely bought items (tail) to those of the most "
         "popular (head).</p>"
     )
-    users = targets["user_id"].to_numpy()
-    yield figures.intervals(_by_segment(values, users, by_popularity))
+    yield figures.intervals(_by_segment(values, users, found["popularity"]))
     yield "<p>All targets, in thirds by the number of items before them.</p>"
-    yield figures.intervals(_by_segment(values, users, by_length))
-
-
-def thirds(values: np.ndarray, among: np.ndarray, names: Sequence[str], unit: str) -> dict[str, np.ndarray]:
-    """Masks of the lowest, middle and highest third of the `values` [M] chosen by `among`; equal values stay together,
-    so a third may be larger than another, or missing."""
-    if not among.any():
-        return {}
-    third = np.searchsorted(np.quantile(values[among], [1 / 3, 2 / 3], method="inverted_cdf"), values)
-    found = {}
-    for place, name in enumerate(names):
-        mask = among & (third == place)
-        if mask.any():
-            low, high = values[mask].min(), values[mask].max()
-            found[f"{name}: {low}–{high} {unit}" if low < high else f"{name}: {low} {unit}"] = mask
-    return found
+    yield figures.intervals(_by_segment(values, users, found["history"]))
+    if len(found.get("user", {})) > 1:
+        yield "<p>New users, and those whom training has seen.</p>"
+        yield figures.intervals(_by_segment(values, users, found["user"]))
 
 
 def _by_segment(

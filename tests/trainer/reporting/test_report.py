@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,10 +18,11 @@ from recommender.collaborative.config import SASRecConfig
 from tests.versions import directory_of
 from trainer.data.dataset import Dataset
 from trainer.evaluation.evaluation import evaluate
+from trainer.evaluation.standing import standing
 from trainer.experiment import Experiment
 from trainer.parts import Prepared
 from trainer.reporting import figures
-from trainer.reporting.report import rates, segments, thirds, write_report
+from trainer.reporting.report import rates, segments, write_report
 
 
 def epoch(number: int, validation: float, **more: float) -> dict[str, float]:
@@ -144,7 +145,7 @@ def test_an_evaluation_is_shown(trained: Experiment, draw: Draw, tiny_prepared: 
         assert len(listed) == 20
     page = draw(trained)
     model = found.metrics["model"]["NDCG@10"]
-    assert f"Test NDCG@10 {model:.4f}; most-popular reaches {found.metrics['most_popular']['NDCG@10']:.4f}." in page
+    assert f"Test NDCG@10 {model:.4f}; {escape(standing(found.metrics, found.differences))}." in page
     assert figures.interval(model, *found.intervals["model"]["NDCG@10"]) in page
     first = dataset.titles[dataset.item_ids.index(table["recommended"][0].as_py()[0])]
     assert first in page.partition("Some of its lists")[2].partition("<h2>")[0]
@@ -165,14 +166,3 @@ def test_segments_part_the_targets() -> None:
         assert label in labels[0]
     assert "short: 3 items (7 targets)" in labels[1]
     assert figures.interval(1, 1, 1) in labels[0]  # the unseen one was found first
-
-
-def test_equal_values_share_a_third() -> None:
-    values = np.array([4, 1, 1, 1, 2, 9])
-    found = thirds(values, values > 0, ("low", "middle", "high"), "x")
-    assert {label: np.flatnonzero(mask).tolist() for label, mask in found.items()} == {
-        "low: 1 x": [1, 2, 3],
-        "middle: 2 x": [4],
-        "high: 4–9 x": [0, 5],
-    }
-    assert thirds(values, values > 10, ("low", "middle", "high"), "x") == {}
