@@ -1,6 +1,6 @@
 """Where the time of a search goes: into the model's matrix products, and into all that is not.
 
-    python -m benchmarks.profile_search --bundle runs/demo/bundle
+    python -m benchmarks.profile_search --bundle demo
 
 Histories are drawn as in `benchmarks.search`. The first table times, in turns and without the profiler, the bare
 prefill, padded and packed, and the search: with nothing kept of how prompts begin, with the instruction kept, and with

@@ -1,7 +1,7 @@
 """What token rewards cost, and what taking them from the best N items only loses (ILRec, Eq. 10).
 
     python -m benchmarks.rewards                                    # simulated catalogues of 17k, 100k and 1M items
-    python -m benchmarks.rewards --bundle runs/sasrec/bundle --run runs/demo    # a trained model on its own data
+    python -m benchmarks.rewards --bundle sasrec --run demo    # a trained model on its own data
 
 Simulated: titles that part as real ones do, and a collaborative model whose softmax is as peaked as a trained one's
 (scores are Gaussian, their spread is set by --spread). Printed: CPU seconds for a batch of samples, from all items and

@@ -1,7 +1,7 @@
 """What the exact top-K costs beside the bare prompt, beam search with `generate`, and beam search with masks.
 
-    python -m benchmarks.search --bundle runs/demo/bundle
-    python -m benchmarks.search --bundle runs/games/bundle --items 100000 1000000 --batch 1 32 --k 10
+    python -m benchmarks.search --bundle demo
+    python -m benchmarks.search --bundle games --items 100000 1000000 --batch 1 32 --k 10
 
 Histories are a seeded sample of the run's validation targets; nothing is filtered, as `generate` has no filters.
 Contenders take turns in one process, over the same histories; on a CPU, seconds are the process's own CPU seconds.

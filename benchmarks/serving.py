@@ -1,7 +1,7 @@
 """What the endpoint serves under load, beside what Serve alone costs, `generate` behind Serve, and the bare search.
 
-    python -m benchmarks.serving --bundle runs/demo/bundle
-    python -m benchmarks.serving --bundle runs/demo/bundle --seconds 60 --clients 1 8 32 --soak 60
+    python -m benchmarks.serving --bundle demo
+    python -m benchmarks.serving --bundle demo --seconds 60 --clients 1 8 32 --soak 60
 
 All run on a local Ray Serve, one replica each, and are asked from another process over connections that are kept, in
 turn, with the same requests: a seeded sample of the run's validation histories, nothing filtered, as `generate` has no

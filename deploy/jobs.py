@@ -48,6 +48,7 @@ _PATHS = (
     "init_from",
     "collaborative.path",
 )
+_MODELS = ("init_from", "collaborative.path")  # may be names, which are looked up in the storage there
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -116,6 +117,7 @@ def check_paths(values: Mapping[str, Any], storage: str) -> None:
         f"  {field}: {path}"
         for field, path in given.items()
         if path is not None and not (field == "backbone.path" and _is_hub_name(path))
+        if not (field in _MODELS and not path.startswith((".", "~")) and "/" not in path)
         if not path.startswith("/") and "://" not in path
     ]
     if local:
