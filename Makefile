@@ -1,5 +1,5 @@
 # make install   the environment (.venv), pinned by constraints.txt
-# make test      environment, then all tests
+# make test      environment, then all tests, in two processes
 # make lint      ruff, mypy, import-linter, and the links of the documentation
 # make docs      the documentation as a site, build/site/index.html; renews docs/configuration.md first
 # make demo      environment, then the main job end to end; make demo CONFIG=configs/office.yaml for any experiment
@@ -19,7 +19,7 @@ install: .venv/.installed
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff check .

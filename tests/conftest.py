@@ -23,6 +23,21 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for each run; test_survival.py has it
 
 
+_CLUSTERS = ("service/", "deploy/", "trainer/loop/test_survival.py")  # Serve, job servers, clusters of several nodes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In two processes (`pytest -n 2 --dist loadgroup`): what shares a Ray runs in one of them, so do endpoints and
+    clusters; all else goes by file to whoever is free.
+    """
+    here = Path(__file__).parent
+    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
+    for item in items:
+        file = item.path.relative_to(here).as_posix()
+        group = "clusters" if file.startswith(_CLUSTERS) else "ray" if item.path in on_ray else file
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One Ray for the whole session: starting it takes seconds. It has more CPUs than many a machine."""

@@ -101,6 +101,7 @@ def evaluate(
         )
     if search == manifest.search:
         search = None
+    config = config.model_copy(update={"floors": tuple(kind for kind in config.floors if kind != manifest.kind)})
     saved = Saved(bundle.parent / EVALUATION / f"{split}-{_settings(manifest, dataset, limit, config, search)}")
     if (found := read_json(saved.directory / REPORT)) is not None:
         say(f"evaluated before with these settings: {saved.directory}")

@@ -94,13 +94,14 @@ from trainer.experiment import Experiment
 from trainer.loop.module import TrainedModel
 from trainer.loop.plan import BatchPlan
 from trainer.loop.rows import TrainingRows
+from trainer.parts import Prepared
 from trainer.loop.worker import optimiser_step, starting_backbone
 
 def kilobytes(name):  # VmHWM is this program's own peak; getrusage's that of what started it, where that is larger
     return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
 
 dist.init_process_group("gloo", rank=0, world_size=1)
-experiment, prepared = Experiment.model_validate_json(sys.argv[2]), Path(sys.argv[3])
+experiment, prepared = Experiment.model_validate_json(sys.argv[2]), Prepared(Path(sys.argv[3]), Path(sys.argv[4]))
 training, space = experiment.training, ItemSpace.load(prepared.items)
 objective = build_objective(experiment.objective, 6, space.trie)
 rows = TrainingRows(Dataset.load(prepared.dataset), space, training, objective.branching_only)
@@ -165,7 +166,7 @@ def test_the_peak_is_what_a_process_grows_by(
     script.write_text(PEAK)
     grew = []
     for _ in range(3):  # what is freed late, by chance, only adds
-        text = child(str(script), experiment.model_dump_json(), tiny_prepared)
+        text = child(str(script), experiment.model_dump_json(), *map(str, (tiny_prepared.dataset, tiny_prepared.items)))
         grew.append(int(text.splitlines()[-1].removeprefix("grew ")))
         if grew[-1] <= 1.25 * predicted:
             break
