@@ -243,6 +243,7 @@ def evaluate(
     ilrec evaluate configs/demo.yaml --split validation
     ilrec evaluate configs/demo.yaml --model other --set evaluation.exclude_seen=true
     """
+    from recommender.lock import in_use
     from recommender.models import find_bundle
     from trainer.experiment import load_experiment
     from trainer.run import experiment_of
@@ -269,17 +270,18 @@ def evaluate(
     other = None if against is None else per_target_of(against, split, experiment.storage)
     if other is not None:
         read_per_target(other)  # before the ranking, which takes long
-    prepared = write_prepared(experiment, _say)
-    report, saved = rank_all(
-        bundle,
-        prepared.dataset,
-        split,
-        experiment.evaluation,
-        experiment.cluster,
-        _say,
-        experiment.search,
-        floors_of(experiment),
-    )
+    with in_use(experiment.storage):
+        prepared = write_prepared(experiment, _say)
+        report, saved = rank_all(
+            bundle,
+            prepared.dataset,
+            split,
+            experiment.evaluation,
+            experiment.cluster,
+            _say,
+            experiment.search,
+            floors_of(experiment),
+        )
     print_report(report.metrics, report.intervals)
     print_audience(report)
     _say(

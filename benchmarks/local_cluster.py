@@ -72,10 +72,15 @@ class LocalCluster:
             _kill(process)
         shutil.rmtree(self._directory, ignore_errors=True)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """In which a process joins this cluster as a driver."""
+        return self._environment | {"RAY_ADDRESS": self._address}
+
     def ilrec(self, arguments: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
         """Start an `ilrec` command as a driver on the head; what it says is appended to `output`."""
         command = [sys.executable, str(ILREC), *arguments]
-        driver = _process(command, output, self._environment | {"RAY_ADDRESS": self._address})
+        driver = _process(command, output, self.environment)
         self._drivers.append(driver)
         return driver
 

@@ -7,13 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recommender.files import read_json
+import yaml
+from pydantic import ValidationError
+
+from recommender.errors import UserError
+from recommender.files import read_json, write_text
+from recommender.lock import LOCK, is_locked
 from recommender.models import Model, Version
 from trainer.evaluation.saved import EVALUATION, REPORT, TARGETS
+from trainer.experiment import Experiment
 from trainer.reporting.runs import find_homes
-from trainer.run import RECORD, SWEEP, is_earlier_release, record
+from trainer.run import CONFIG, EARLIER, RECORD, SWEEP, is_earlier_release, record
 
 _IDENTITY = "experiment.json"  # what RECORD was
+_DATASET = "prepared/dataset/dataset.json"
 
 
 def convert(storage: Path, agreed: bool, confirm: Callable[[str], bool], say: Callable[[str], None]) -> None:
@@ -22,6 +29,9 @@ def convert(storage: Path, agreed: bool, confirm: Callable[[str], bool], say: Ca
     Files are only renamed, one after the other: a conversion that is interrupted goes on when it is called again.
     """
     earlier = [model for model in find_homes(storage) if is_earlier_release(model.home)]
+    for model in [model for model in earlier if is_locked(model.home / LOCK)]:
+        say(f"note: {model.name}: a command is training it, so it stays as it is")
+        earlier.remove(model)
     if not earlier:
         say(f"{storage}: nothing to convert")
         return
@@ -46,9 +56,10 @@ def _convert(model: Model) -> None:
         sweep = (model.home / SWEEP).is_dir() or (version.directory / SWEEP).is_dir()
         places = [place / sub for place in (model.home, version.directory) for sub in ("", SWEEP)]
         fields: dict[str, Any] = next((found for place in places if (found := read_json(place / _IDENTITY))), {})
+        _write_config(version, fields, next((found for place in places if (found := read_json(place / _DATASET))), {}))
         record(version, "tune" if sweep else "train", fields)
     for path in sorted(model.home.iterdir()):
-        if not path.name.startswith(".") and not path.name.isdigit() and path.name not in ("model.json", "bundle"):
+        if not path.name.startswith(".") and not path.name.isdigit() and path.name not in ("model.json", *EARLIER):
             os.rename(path, version.directory / path.name)
     evaluation = version.directory / EVALUATION
     for report in sorted(evaluation.glob("*.json")):
@@ -57,5 +68,36 @@ def _convert(model: Model) -> None:
         if (rows := report.with_suffix(".parquet")).exists():
             os.rename(rows, directory / TARGETS)
         os.rename(report, directory / REPORT)
-    if (model.home / "bundle").exists():
-        os.rename(model.home / "bundle", version.bundle)  # last: with it the version is finished
+    for name in EARLIER:  # last, as they tell that there is something to convert; and of them the bundle
+        if (model.home / name).exists():
+            os.rename(model.home / name, version.directory / name)
+
+
+def _write_config(version: Version, fields: dict[str, Any], dataset: dict[str, Any]) -> None:
+    """The experiment as far as it was kept, so that the version can be evaluated by its name; without one it is
+    evaluated with `--model`.
+
+    Args:
+        fields: what decided the outcome, flat.
+        dataset: what the prepared data say of themselves, the paths of their sources among it.
+    """
+    values: dict[str, Any] = {"name": version.name}
+    for field, value in fields.items():
+        section, _, name = field.partition(".")
+        if name:
+            values.setdefault(section, {})[name] = value
+        elif field in Experiment.model_fields:
+            values[field] = value
+    if isinstance(fields.get("rewards"), dict) and "kind" in fields["rewards"]:
+        values["collaborative"] = fields["rewards"]
+    if values.get("world") is None and (data := dataset.get("config")):
+        values["data"] = data
+    if values.get("init_from"):  # which is converted as well
+        start = Path(values["init_from"])
+        if start.name == "bundle" and (version.storage / start.parent.name).is_dir():
+            values["init_from"] = f"{start.parent.name}@1"
+    try:
+        experiment = Experiment.model_validate(values).model_dump(mode="json")
+    except (ValidationError, UserError):
+        return
+    write_text(version.directory / CONFIG, yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True))

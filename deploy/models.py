@@ -16,11 +16,13 @@ from recommender.models import Model, Version, find_models
 Say = Callable[[str], None]
 
 _SELECTION = "validation_NDCG@10"
+_GAP = (0, 1, 0, 0)
 
 
 def print_models(storage: Path) -> None:
-    """A row for each model of a storage."""
-    table = Table(Column("model", overflow="fold"), "promoted", "versions", "kind", "valid.", "exported", box=SIMPLE)
+    """A row for each model of a storage. Fits 80 columns."""
+    figures = map(_narrow, ("kind", "valid.", "exported"))
+    table = Table(Column("model", overflow="fold"), _narrow("promoted"), "versions", *figures, box=SIMPLE, padding=_GAP)
     for model in find_models(storage):
         promoted = model.promoted
         assert promoted is not None
@@ -30,10 +32,11 @@ def print_models(storage: Path) -> None:
 
 
 def print_model(storage: Path, name: str, say: Say) -> None:
-    """A row for each version of a model, and its history."""
+    """A row for each version of a model, and its history. Fits 80 columns."""
     model = Model(storage, name)
     model.version()  # refuses a name without any
-    table = Table("version", "kind", "valid.", "exported", "checksum", "made from", box=SIMPLE)
+    figures = map(_narrow, ("version", "kind", "valid.", "exported", "checksum"))
+    table = Table(*figures, Column("made from", overflow="fold"), box=SIMPLE, padding=_GAP)
     for version in model.complete:
         manifest = peek_manifest(version.bundle)
         star = "*" if version == model.promoted else ""
@@ -42,6 +45,10 @@ def print_model(storage: Path, name: str, say: Say) -> None:
     say("* what the name stands for; valid.: NDCG@10 on the validation targets")
     for event in model.events:
         say(f"{event.at}  {event.action:8}  {name}@{event.version}")
+
+
+def _narrow(name: str) -> Column:
+    return Column(name, no_wrap=True)
 
 
 def _described(version: Version) -> tuple[str, str, str]:

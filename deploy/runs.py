@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from recommender.errors import UserError
+from recommender.lock import unused
 from recommender.models import Model
 from trainer.reporting.runs import Run, differences, find_runs, named_run, prunable, remove, size
 
@@ -63,7 +64,8 @@ def print_comparison(storage: Path, names: Sequence[str], say: Say) -> None:
 
 def prune(storage: Path, keep: int | None, parts: bool, agreed: bool, confirm: Callable[[str], bool], say: Say) -> None:
     """Remove what `prunable` names, once the user has seen how much it is and agrees."""
-    found, notes = prunable(storage, keep, parts)
+    with unused(storage) as idle:
+        found, notes = prunable(storage, keep, parts, idle)
     for note in notes:
         say(f"note: {note}")
     if not found:
@@ -79,9 +81,14 @@ def prune(storage: Path, keep: int | None, parts: bool, agreed: bool, confirm: C
     if not (agreed or confirm(f"Remove {total}?")):
         say("nothing was removed")
         return
-    for path, _ in found:
-        remove(path)
-    say(f"removed {total}")
+    with unused(storage) as idle:  # meanwhile something may have been promoted, or trained on
+        still = {path for path, _ in prunable(storage, keep, parts, idle)[0]}
+        for path, _ in found:
+            if path in still:
+                remove(path)
+            else:
+                say(f"note: {path} stays, it is needed now")
+    say(f"removed {bytes_shown(sum(amount for (path, _), amount in zip(found, sizes, strict=True) if path in still))}")
 
 
 def _paired(first: Run, other: Run) -> str:

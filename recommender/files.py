@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from recommender.errors import UserError
+from recommender.lock import held
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,13 +72,16 @@ def new_directory(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        yield aside
-        aside.chmod(0o755)
-        try:
-            os.rename(aside, target)  # onto nothing, or onto an empty directory
-        except OSError as error:
-            if target.exists():
-                raise UserError(f"{target}: is there already, and is left as it is; choose another place") from error
-            raise
+        with held(aside):  # so that it is not taken for one that an interrupted command left
+            yield aside
+            aside.chmod(0o755)
+            try:
+                os.rename(aside, target)  # onto nothing, or onto an empty directory
+            except OSError as error:
+                if target.exists():
+                    raise UserError(
+                        f"{target}: is there already, and is left as it is; choose another place"
+                    ) from error
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -5,13 +5,15 @@
             bundle/         complete or absent
         model.json          which versions were promoted, one after the other; written by `promote` and `rollback` only
 
-A version is a model's once its bundle is complete. Until somebody promotes another one, the first of them is promoted.
+A version is a model's once its bundle is complete. Until somebody promotes another one, the one that was exported first
+is promoted.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +22,7 @@ from typing import Literal
 from recommender.bundle import MANIFEST, Manifest, peek_manifest, read_manifest
 from recommender.errors import UserError
 from recommender.files import read_json, write_json
-from recommender.lock import locked
+from recommender.lock import in_use, locked
 
 STORAGE = "ILREC_STORAGE"  # the environment variable that says where models are looked for
 _EVENTS = "model.json"
@@ -150,9 +152,10 @@ class Model:
         Raises:
             UserError: its bundle is damaged or absent.
         """
-        read_manifest(version.bundle)
-        if version != self.promoted:
-            self._record("promote", version.number)
+        with self._changing():
+            read_manifest(version.bundle)
+            if version != self.promoted:
+                self._record("promote", version.number)
 
     def rollback(self) -> Version:
         """Let the name stand for what it stood for before; once more goes further back.
@@ -160,11 +163,12 @@ class Model:
         Raises:
             UserError: nothing was promoted before.
         """
-        version = self.before
-        if version is None:
-            raise UserError(f"{self.name}: nothing was promoted before, so there is nothing to go back to")
-        read_manifest(version.bundle)
-        self._record("rollback", version.number)
+        with self._changing():
+            version = self.before
+            if version is None:
+                raise UserError(f"{self.name}: nothing was promoted before, so there is nothing to go back to")
+            read_manifest(version.bundle)
+            self._record("rollback", version.number)
         return version
 
     def _standing(self) -> list[int]:
@@ -176,16 +180,30 @@ class Model:
                     standing.pop()
             else:
                 standing.append(event.version)
-        return standing or [version.number for version in self.complete[:1]]
+        return standing or [version.number for version in sorted(self.complete, key=_exported_at)[:1]]
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Change what the name stands for, one command after the other, while nothing is pruned."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        with in_use(self.storage), locked(self.home / _LOCK):
+            yield
 
     def _record(self, action: Literal["promote", "rollback"], number: int) -> None:
-        self.home.mkdir(parents=True, exist_ok=True)
-        with locked(self.home / _LOCK):
-            now, events = datetime.now(UTC).isoformat(timespec="seconds"), self.events
-            if not events and (standing := self._standing()):
-                events.append(Event(now, "first", standing[0]))
-            events.append(Event(now, action, number))
-            write_json(self.home / _EVENTS, {"events": [asdict(event) for event in events]})
+        now, events = datetime.now(UTC).isoformat(timespec="seconds"), self.events
+        if not events and (standing := self._standing()):
+            events.append(Event(now, "first", standing[0]))
+        events.append(Event(now, action, number))
+        write_json(self.home / _EVENTS, {"events": [asdict(event) for event in events]})
+
+
+def _exported_at(version: Version) -> str:
+    """When a version became complete; one that cannot be read comes last. (Numbers do not tell: a run that was begun
+    first may end last.)"""
+    try:
+        return peek_manifest(version.bundle).exported_at
+    except UserError:
+        return "unknown"
 
 
 def default_storage() -> Path:
@@ -250,9 +268,9 @@ def find_base(weights: dict[str, str], near: Path) -> Path | None:
     """
     places: Sequence[Path] = [*near.absolute().parents[:3], default_storage()]
     for place in dict.fromkeys(places):
-        for manifest in [*_manifests(place), *place.glob(f"*/{MANIFEST}")] if place.is_dir() else ():
-            if manifest.parent != near and _weights(manifest.parent) == weights:
-                return manifest.parent
+        for bundle in find_bundles(place):
+            if bundle != near and _weights(bundle) == weights:
+                return bundle
     return None
 
 
@@ -273,6 +291,12 @@ def base_of(bundle: Path, name: str) -> str:
         )
     read_manifest(found)
     return str(found)
+
+
+def find_bundles(place: Path) -> list[Path]:
+    """All complete bundles below a storage, also those of earlier releases, and below a directory of bundles."""
+    found = [*_manifests(place), *place.glob(f"*/bundle/{MANIFEST}"), *place.glob(f"*/{MANIFEST}")]
+    return [path.parent for path in found]
 
 
 def _manifests(storage: Path) -> list[Path]:

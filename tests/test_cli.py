@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import yaml
 
 from ilrec import _listed
 from recommender.errors import UserError
+from recommender.models import Model
 from recommender.recommender import Recommender
 from tests.recommender.test_bundle import adapted_bundle
+from tests.trainer.loop.test_survival import fill
 from trainer.experiment import Experiment, load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -364,3 +367,41 @@ def test_libraries_keep_quiet(tiny_bundle: Path, tmp_path: Path) -> None:
 def test_export_says_what_to_do(tiny_bundle: Path, tmp_path: Path) -> None:
     assert "--merge" in ilrec("export", str(tiny_bundle), str(tmp_path / "out"), status=2)
     assert "no adapter to merge" in ilrec("export", str(tiny_bundle), str(tmp_path / "out"), "--merge", status=2)
+
+
+@pytest.fixture
+def full(tmp_path: Path) -> Iterator[Path]:
+    """A disk without room, but for what a file that can be removed takes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("no file system of its own to fill up: mounting one is not allowed here")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tiny_bundle: Path, full: Path, tmp_path: Path) -> None:
+    storage, items = full / "runs", tmp_path / "items.csv"
+    for number in ("1", "2"):
+        shutil.copytree(tiny_bundle, storage / "shop" / number / "bundle")
+    items.write_text("item_id,title\nn1,A new tent\n")
+    world = "{items: 200, users: 60, kinds: 10, brands: 8, uses: 3, min_length: 5}"
+    (tmp_path / "my.yaml").write_text(f"name: my\nworld: {world}\ncluster: {{storage: {storage}}}\n")
+    commands = [
+        ["extend", "shop", str(items), "--storage", str(storage)],
+        ["models", "promote", "shop@2", "--storage", str(storage)],
+        ["prepare", str(tmp_path / "my.yaml")],
+    ]
+    filled = fill(full)
+    before = {path: path.read_bytes() for path in storage.rglob("*") if path.is_file()}
+    for command in commands:
+        text = without_probe(ilrec(*command, status=2)).splitlines()
+        assert text[-1].startswith("error: the disk is full: what was there is whole; make room, and")
+        assert sum(line.startswith("error:") for line in text) == 1
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert str(Model(storage, "shop").promoted) == "shop@1"
+    filled.unlink()
+    for command in commands:
+        ilrec(*command)
+    assert str(Model(storage, "shop").promoted) == "shop@2"
+    assert not list(storage.rglob("*.partial-*"))

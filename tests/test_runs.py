@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy.convert import convert
-from deploy.runs import age_shown, bytes_shown, print_comparison, prune
+from deploy.models import print_model, print_models
+from deploy.runs import age_shown, bytes_shown, print_comparison, print_runs, prune
 from recommender.bundle import Manifest, read_manifest, write_bundle
 from recommender.errors import UserError
-from recommender.lock import LOCK, locked
+from recommender.lock import LOCK, held, in_use, locked
 from recommender.models import Model, find_bundle
 from tests.test_cli import HEAVY, ilrec, imported
 from trainer.reporting.runs import Run, find_runs, prunable, remove
-from trainer.run import record, refuse_earlier_release
+from trainer.run import experiment_of, record, refuse_earlier_release
 
 LANGUAGE_MODEL = {"recommender.kind": "language_model", "objective.kind": "msl", "training.epochs": 2}
 SASREC = {"recommender.kind": "sasrec", "recommender.dim": 8}
@@ -238,22 +240,108 @@ def test_prune_takes_parts_only_if_asked_and_not_those_in_use(storage: Path) -> 
     young.mkdir()
     (young / "file").write_text("x")
     assert not any(path.startswith("parts") for path in pruned(storage)[0])
+    gone, said = pruned(storage, parts=True)
+    assert not gone
+    assert any("all parts stay: which of them broken@1 needs cannot be read" in line for line in said)
+    shutil.rmtree(storage / "broken")
+    shutil.rmtree(storage / "odd")
     gone, _ = pruned(storage, parts=True)
     assert gone == {"parts/datasets/b/file", "parts/items/c/file"}
 
 
 def test_prune_takes_what_interrupted_commands_left(storage: Path) -> None:
     run = storage / "lm" / "2"
-    old, young, half_removed = run / ".bundle-old", run / ".bundle-young", run / ".ray-pruned"
-    for place in (old, young, half_removed, storage / "parts" / "items" / ".c-x"):
+    gone = [run / ".bundle-aaaaaaa1", storage / "parts" / "items" / ".c-aaaaaaa2", run / ".ray-pruned"]
+    young, written, foreign = run / ".bundle-aaaaaaa3", run / ".bundle-aaaaaaa4", run / ".ipynb_checkpoints"
+    for place in (*gone, young, written, foreign):
         write(place / "file", "x")
-        if place != young and place != half_removed:
+        if place not in (young, run / ".ray-pruned"):
             os.utime(place, (1e9, 1e9))
+    partial = run / ".version.json.partial-12"
+    partial.write_text("{")
+    os.utime(partial, (1e9, 1e9))
+    with held(written):
+        pruned(storage)
+    assert not any(place.exists() for place in (*gone, partial))
+    assert all(place.exists() for place in (young, written, foreign))
+
+
+def test_prune_takes_versions_that_were_never_made(storage: Path) -> None:
+    never = Model(storage, "lm").begin().directory  # killed before its record was written
+    write(never / "config.yaml", {})
+    (never / ".version.json.partial-12").write_text("{")
+    derived = Model(storage, "lm").begin()  # killed before its bundle was
+    record(derived, "extend", {}, made_from="lm@1")
+    os.utime(derived.directory, (1e9, 1e9))
+    assert by_name(storage)["lm@4"].state == "never finished"
     pruned(storage)
-    assert not old.exists()
-    assert not half_removed.exists()
-    assert not (storage / "parts" / "items" / ".c-x").exists()
-    assert young.exists()
+    assert [version.number for version in Model(storage, "lm").versions] == [1, 2]
+
+
+def test_prune_spares_what_others_start_from(storage: Path) -> None:
+    """An adapter whose model is being trained, one without a record, and a run that is not finished need old ones."""
+    model = Model(storage, "sasrec")
+    for _ in range(5):
+        finish(begin(storage, "sasrec", SASREC), epochs(0.2), kind="sasrec")
+    manifests = {version.number: read_manifest(version.bundle) for version in model.complete}
+    finish(begin(storage, "adapter", SASREC), epochs(0.1), base=manifests[2].weights)
+    finish(storage / "bare" / "1", epochs(0.1), base=manifests[3].weights)
+    begin(storage, "going", LANGUAGE_MODEL | {"init_from": manifests[4].checksum})
+    begin(storage, "rewarded", LANGUAGE_MODEL | {"rewards": manifests[5].checksums})
+    with locked(storage / "adapter" / LOCK):
+        pruned(storage, keep=1)
+    assert [version.number for version in model.complete] == [1, 2, 3, 4, 5, 6]
+    finish(storage / "going" / "1", epochs(0.1))
+    pruned(storage, keep=1)
+    assert [version.number for version in model.complete] == [1, 2, 3, 5, 6]
+
+
+def test_prune_takes_no_version_or_part_while_a_command_is_at_work(storage: Path) -> None:
+    shutil.rmtree(storage / "broken")
+    shutil.rmtree(storage / "odd")
+    for _ in range(3):
+        finish(begin(storage, "sasrec", SASREC), epochs(0.2), kind="sasrec")
+    with in_use(storage):
+        gone, said = pruned(storage, keep=1, parts=True)
+    assert all("/ray/" in path for path in gone)
+    assert any("a command is at work in this storage" in line for line in said)
+
+
+def test_what_comes_to_be_needed_until_the_answer_stays(storage: Path) -> None:
+    shutil.rmtree(storage / "broken")
+    shutil.rmtree(storage / "odd")
+    model = Model(storage, "sasrec")
+    said: list[str] = []
+    for _ in range(3):
+        finish(begin(storage, "sasrec", SASREC), epochs(0.2), kind="sasrec")
+
+    def promote_and_train(question: str) -> bool:
+        model.promote(model.version("2"))
+        begin(storage, "new", LANGUAGE_MODEL, parts=("parts/datasets/b",))
+        return True
+
+    prune(storage, 1, True, False, promote_and_train, said.append)
+    assert [version.number for version in model.complete] == [1, 2, 4]  # a rollback's, the promoted, the latest
+    assert (storage / "parts" / "datasets" / "b").exists()
+    assert not (storage / "parts" / "items" / "c").exists()
+    assert any("sasrec/2 stays, it is needed now" in line for line in said)
+
+
+@pytest.mark.skipif(not os.geteuid(), reason="root may write everywhere")
+def test_prune_leaves_what_others_own(storage: Path) -> None:
+    (storage / "lm" / "1" / "ray").chmod(0o500)
+    gone, said = pruned(storage)
+    (storage / "lm" / "1" / "ray").chmod(0o700)
+    assert not any(path.startswith("lm/1/") for path in gone)
+    assert any("is not yours to remove" in line for line in said)
+
+
+def test_prune_leaves_links(storage: Path) -> None:
+    shutil.move(storage / "lm" / "1" / "ray", storage.parent / f"{storage.name}-elsewhere")
+    (storage / "lm" / "1" / "ray").symlink_to(storage.parent / f"{storage.name}-elsewhere")
+    _, said = pruned(storage)
+    assert (storage / "lm" / "1" / "ray" / "step-00000010").exists()
+    assert any("lm/1/ray: is not yours to remove, or a link" in line for line in said)
 
 
 def test_what_is_removed_is_gone_at_once(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +393,39 @@ def test_old_runs_become_version_1(tmp_path: Path) -> None:
     assert "nothing to convert" in said[-1]
 
 
+def test_what_is_being_trained_is_not_converted(tmp_path: Path) -> None:
+    run, said = old_run(tmp_path, "shop"), list[str]()
+    before = files(tmp_path)
+    with locked(run / LOCK):
+        convert(tmp_path, True, pytest.fail, said.append)
+    assert files(tmp_path) == before
+    assert any("shop: a command is training it, so it stays as it is" in line for line in said)
+
+
+@pytest.mark.parametrize("renames", range(4))
+def test_an_interrupted_conversion_of_an_unfinished_run_goes_on(
+    tmp_path: Path, renames: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, done, rename = old_run(tmp_path, "shop"), 0, os.rename
+    for left in ("bundle", "evaluation", "prepared"):
+        shutil.rmtree(run / left)
+
+    def killed(source: Path, target: Path) -> None:
+        nonlocal done
+        if done == renames:
+            raise KeyboardInterrupt
+        done += 1
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", killed)
+    with suppress(KeyboardInterrupt):
+        convert(tmp_path, True, pytest.fail, lambda text: None)
+    monkeypatch.undo()
+    convert(tmp_path, True, pytest.fail, lambda text: None)
+    assert {path.name for path in run.iterdir()} - {LOCK} == {"1"}
+    assert by_name(tmp_path)["shop@1"].state == "stopped at step 20"
+
+
 @pytest.mark.parametrize("renames", range(7))
 def test_an_interrupted_conversion_goes_on(tmp_path: Path, renames: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run, done, rename = old_run(tmp_path, "shop"), 0, os.rename
@@ -330,3 +451,36 @@ def test_an_interrupted_conversion_goes_on(tmp_path: Path, renames: int, monkeyp
 def test_sizes_and_ages_have_units() -> None:
     assert [bytes_shown(n) for n in (0, 999, 12_345, 3e9, 4e15)] == ["0 B", "999 B", "12.3 kB", "3 GB", "4e+03 TB"]
     assert [age_shown(n) for n in (5, 90, 7200, 200_000)] == ["5 s", "2 min", "2 h", "2 d"]
+
+
+def test_a_converted_run_knows_its_experiment(tmp_path: Path) -> None:
+    run = old_run(tmp_path, "shop")
+    old_run(tmp_path, "base")
+    fields = {"world.items": 200, "data": None, "training.epochs": 2, "init_from": "/moved/base/bundle"}
+    write(run / "experiment.json", LANGUAGE_MODEL | fields | {"data fingerprint": "abc"})
+    convert(tmp_path, True, pytest.fail, lambda text: None)
+    experiment = experiment_of(find_bundle("shop", tmp_path)).located()
+    assert experiment.world is not None
+    assert (experiment.world.items, experiment.training.epochs, experiment.storage) == (200, 2, tmp_path)
+    assert experiment.init_from == str(tmp_path / "base" / "1" / "bundle")
+    with pytest.raises(UserError, match="give the experiment as well"):
+        experiment_of(find_bundle("base", tmp_path))  # of which nothing tells what its data were
+
+
+def test_tables_fit_80_columns_with_long_names(
+    storage: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "office-products-qwen3-0.6b-ilrec-lora-r16-seed-0-2026-11-27"
+    for _ in range(12):
+        finish(begin(storage, name, LANGUAGE_MODEL), epochs(0.2))
+    write(begin(storage, "sweep-" + name, LANGUAGE_MODEL, "tune") / "tune" / "x.json", {})
+    derived = Model(storage, name).begin()
+    record(derived, "extend", {}, made_from=f"{name}@12")
+    finish(derived.directory, epochs(0.2))
+    print_runs(storage, lambda text: None)
+    print_models(storage)
+    print_model(storage, name, lambda text: None)
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    assert "…" not in printed

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from recommender.bundle import check_free
 from recommender.errors import UserError
+from recommender.lock import in_use
 from recommender.models import Model, Version, find_version
 from trainer.run import record
 
@@ -30,6 +31,11 @@ def derived(reference: str, storage: Path, out: Path | None, verb: str, make: Ma
     Raises:
         UserError: `out` is there, or is missing although the reference is no model's version.
     """
+    with in_use(storage):
+        return _derived(reference, storage, out, verb, make)
+
+
+def _derived(reference: str, storage: Path, out: Path | None, verb: str, make: Make) -> Version | None:
     found = find_version(reference, storage)
     source = found.bundle if isinstance(found, Version) else found
     if out is not None:

@@ -26,7 +26,7 @@ from trainer.loop import checkpoint
 from trainer.loop.launch import Trained, run_to_best, torch_trainer
 from trainer.loop.worker import TOO_LARGE, starting_backbone
 from trainer.parts import Prepared, Say
-from trainer.reporting.report import write_report
+from trainer.reporting.report import REPORT, write_report
 from trainer.reporting.tracking import check_tracking, tracked
 from trainer.run import HISTORY, LOG, begin, version_of
 
@@ -51,6 +51,8 @@ def train(experiment: Experiment, prepared: Prepared, say: Say = print, fresh: b
     version = None if fresh else version_of(experiment, dataset.fingerprint)
     if version is not None and version.is_complete:
         say(f"{version} is trained already, with this config on these data; --fresh trains another version")
+        if not (version.directory / REPORT).exists():  # interrupted, after the bundle
+            write_report(experiment, version.directory, prepared)
         return version
     if isinstance(experiment.recommender, ItemKNNConfig | TfidfConfig):
         version = version or begin(experiment, prepared, say=say)

@@ -1,8 +1,8 @@
 """The versions of a run: each belongs to one experiment on one state of the data, and is never trained as another.
 
 <storage>/<name>/<number>/
-    version.json               what decides its outcome, written first
-    config.yaml                the experiment
+    config.yaml                the experiment, written first
+    version.json               what decides its outcome: with it the version is begun
     train.log, tensorboard/    of its training
     ray/                       checkpoints; `prune` removes them from finished versions
     training.json              the history of all epochs
@@ -26,7 +26,7 @@ from objectives.config import needs_rewards
 from recommender.bundle import peek_manifest
 from recommender.errors import UserError
 from recommender.files import read_json, write_json, write_text
-from recommender.lock import LOCK, locked
+from recommender.lock import LOCK, in_use, locked
 from recommender.models import Model, Version, find_bundle
 from trainer.config import CollaborativeBundle, LanguageModelConfig, RewardConfig
 from trainer.experiment import Experiment, load_experiment
@@ -43,6 +43,7 @@ SWEEP = "tune"  # the directory of a version that is a sweep
 TRACKING = "tracking.json"  # the ids of the run at MLflow and Weights & Biases
 BEST = "best.yaml"
 
+EARLIER = ("experiment.json", "prepared", CHECKPOINTS, SWEEP, "bundle")  # what releases before versions kept at home
 _FINGERPRINT = "data fingerprint"
 _SHARED = ("world", "data", "recommender", "evaluation")  # evaluation, as validation chooses the epoch
 _LANGUAGE_MODEL = (*_SHARED, "identifier", "prompt", "backbone", "init_from", "objective", "training")
@@ -90,7 +91,7 @@ def alone(experiment: Experiment) -> Iterator[None]:
             "name (--set name=…)"
         )
 
-    with locked(home / LOCK, refuse):
+    with in_use(experiment.storage), locked(home / LOCK, refuse):
         yield
 
 
@@ -109,7 +110,7 @@ def refuse_earlier_release(home: Path) -> None:
 
 def is_earlier_release(home: Path) -> bool:
     """Whether a directory is the run of a release before versions."""
-    return any((home / left).exists() for left in ("bundle", "experiment.json", "prepared", CHECKPOINTS, SWEEP))
+    return any((home / left).exists() for left in EARLIER)
 
 
 def version_of(experiment: Experiment, data_fingerprint: str, sweep: SweepConfig | None = None) -> Version | None:
@@ -137,9 +138,9 @@ def begin(
     mine, before = identity(experiment, prepared.fingerprint, sweep), model.versions
     version = model.begin()
     parts = [_shown_part(part, experiment.storage) for part in prepared.parts]
-    record(version, "tune" if sweep else "train", mine, parts=parts)
     values = experiment.model_dump(mode="json")
     write_text(version.directory / CONFIG, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    record(version, "tune" if sweep else "train", mine, parts=parts)
     say(f"{version}: a new version, in {version.directory}")
     if before and (theirs := fields_of(before[-1])) is not None:
         changed = _changed(theirs, mine)
@@ -158,7 +159,7 @@ def _shown_part(part: Path, storage: Path) -> str:
 def record(
     version: Version, made_by: str, fields: dict[str, Any], made_from: str = "", parts: Sequence[str] = ()
 ) -> None:
-    """Write down what a version is: the first file in its directory.
+    """Write down what a version is. One without this record was never begun.
 
     Args:
         made_by: the verb.

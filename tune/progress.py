@@ -9,10 +9,17 @@ from typing import Any
 
 import ray.tune
 
-from tune.files import FAILED, LOG, TRIALS
+from tune.files import FAILED, FINISHED, LOG, TRIALS
 from tune.space import shown
 
 METRIC = "validation_NDCG@10"
+
+
+def ending(outcome: str, epochs: int) -> str:
+    """How a trial ended, in words."""
+    if outcome == "stopped":
+        return f"stopped by the scheduler after epoch {epochs}: others do better"
+    return f"trained to its end, epoch {epochs}"
 
 
 def history_of(trial: Any) -> list[dict[str, Any]]:
@@ -60,7 +67,9 @@ class Progress(ray.tune.Callback):
         )
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        self._say(f"{trial.trial_id}: done after epoch {len(history_of(trial))}")
+        epochs = len(history_of(trial))
+        ended = (self._directory / TRIALS / trial.trial_id / FINISHED).exists() or epochs == self._epochs
+        self._say(f"{trial.trial_id}: {ending('finished' if ended else 'stopped', epochs)}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         reason = self._directory / TRIALS / trial.trial_id / FAILED

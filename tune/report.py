@@ -11,6 +11,7 @@ import numpy as np
 
 from trainer.reporting import figures
 from trainer.reporting.figures import WIDTH, Axis, Frame, are_numbers, number, points, svg, text
+from tune.progress import ending
 from tune.results import Trial, best_of
 from tune.space import shown
 
@@ -138,11 +139,12 @@ def table(trials: Sequence[Trial], best: Trial) -> str:
     names, rows = list(best.parameters), []
     ordered = sorted(trials, key=lambda each: -each.best if each.curve else 1.0)
     for trial in ordered:
-        value = f"{trial.best:.4f}" if trial.curve else "–"
-        outcome = trial.outcome if trial.error is None else f"failed: {(trial.error or 'unknown').splitlines()[0]}"
-        epochs = f"{len(trial.curve)} of {trial.planned}"
-        rows.append([trial.name, *(number(trial.parameters[name]) for name in names), epochs, value, outcome])
-    return figures.table(["trial", *names, "epochs", _METRIC, ""], rows, ordered.index(best))
+        value, epochs = f"{trial.best:.4f}" if trial.curve else "–", len(trial.curve)
+        failed = trial.error is not None
+        outcome = f"failed: {(trial.error or 'unknown').splitlines()[0]}" if failed else ending(trial.outcome, epochs)
+        of = f"{epochs} of {trial.planned}"
+        rows.append([trial.name, *(number(trial.parameters[name]) for name in names), of, value, outcome])
+    return figures.table(["trial", *names, "epochs", _METRIC, "how it ended"], rows, ordered.index(best))
 
 
 def _colour(share: float) -> str:

@@ -45,6 +45,17 @@ def test_a_name_means_what_is_promoted(model: Model) -> None:
     assert [(event.action, event.version) for event in model.events] == [("first", 1), ("promote", 3)]
 
 
+def test_a_run_that_ends_late_does_not_take_the_name(model: Model) -> None:
+    """Version 2 was begun before version 3, and goes on after somebody has come to use that."""
+    for version in ("1", "3"):
+        path = model.home / version / "bundle" / MANIFEST
+        write_json(path, read_json(path) | {"exported_at": f"2026-01-0{version}T00:00:00+00:00"})
+    shutil.rmtree(model.home / "1")
+    assert str(model.promoted) == "shop@3"
+    export(model.home / "2" / "bundle")
+    assert str(model.promoted) == "shop@3"
+
+
 def test_rollbacks_go_further_back_each_time(model: Model) -> None:
     for _ in range(3):
         export(model.begin().bundle)

@@ -60,6 +60,13 @@ def test_every_trial_is_drawn_or_listed(tmp_path: Path) -> None:
     assert sorted(heights, key=heights.__getitem__) == ["a", "c", "e", "b"]  # the higher, the better
 
 
+def test_how_a_trial_ended_is_said_in_words(tmp_path: Path) -> None:
+    write_report("sweep", TRIALS, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "stopped by the scheduler after epoch 1: others do better" in page
+    assert "trained to its end, epoch 3" in page
+
+
 def test_one_trial_is_enough_for_a_report(tmp_path: Path) -> None:
     write_report("s", TRIALS[1:2], tmp_path / "report.html")
     assert "nan" not in (tmp_path / "report.html").read_text()
