@@ -1,741 +1,614 @@
-"""The command line: one verb a job, nothing but arguments. Heavy packages are imported by the verb that runs."""
+"""Recommenders in Python: open a model, ask it; run an experiment. `python -m ilrec` is the command line.
+
+    >>> import ilrec
+    >>> shop = ilrec.load("shop")                                                       # doctest: +SKIP
+    >>> for item in shop.recommend(["sku1", "Tent"], k=3, where={"brand": ["Acme"]}):   # doctest: +SKIP
+    ...     print(item.rank, item.item_id, item.title, item.score)
+    >>> run = ilrec.experiment("my.yaml", set={"training.epochs": 3})                   # doctest: +SKIP
+    >>> run.train()                                                                     # doctest: +SKIP
+    >>> run.evaluate().metrics["model"]["NDCG@10"]                                      # doctest: +SKIP
+
+Importing it is cheap: what is heavy comes with the first call that needs it. What a user can mend is a `UserError`.
+"""
 
 from __future__ import annotations
 
-import errno
-import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
-
-import typer
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from recommender.errors import UserError
-from recommender.quiet import quiet
+from recommender.models import Model, Version, default_storage, find_bundle, find_models
+from trainer.experiment import Experiment as Config
+from trainer.experiment import load_experiment
+from trainer.parts import Prepared, Say
 
 if TYPE_CHECKING:
-    from recommender.models import Version
+    import pyarrow as pa
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="""Train, evaluate and serve recommenders, language models and collaborative ones, on Ray.
-
-A first run, start to end:
-
-  ilrec train configs/demo.yaml
-  ilrec evaluate demo
-  ilrec serve demo
-
-Every verb explains itself: ilrec train --help.""",
-)
-
-Config = Annotated[Path, typer.Argument(help="The experiment, a YAML file (see configs/ and `ilrec schema`).")]
-Set = Annotated[
-    list[str],
-    typer.Option("--set", "-s", metavar="FIELD=VALUE", help="Override a field: --set training.epochs=3. Repeatable."),
-]
-Fresh = Annotated[
-    bool, typer.Option("--fresh", help="Begin a new version, even where there is one of this config; keeps all others.")
-]
-Promote = Annotated[
-    bool, typer.Option("--promote", help="Let the name stand for what was trained; without it only the first is.")
-]
-Reference = Annotated[
-    str, typer.Argument(help="A model: name (what is promoted), name@2, name@latest, or the path of a bundle.")
-]
-Storage = Annotated[
-    Path, typer.Option(envvar="ILREC_STORAGE", help="Where models and runs lie: cluster.storage of their experiments.")
-]
-Address = Annotated[
-    str,
-    typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://<head>:8265."),
-]
-Job = Annotated[str, typer.Argument(help="A job's id, as `ilrec submit` and `ilrec jobs list` print it.")]
-
-jobs_app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="""List, show, follow and stop the jobs of a Ray cluster.
-
-\b
-ilrec jobs list --address http://head:8265
-ilrec jobs status raysubmit_x
-ilrec jobs logs raysubmit_x --follow
-ilrec jobs stop raysubmit_x""",
-)
-app.add_typer(jobs_app, name="jobs")
-
-runs_app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="""List and compare runs, and remove what finished ones no longer need.
-
-\b
-ilrec runs list
-ilrec runs compare demo@1 demo@2
-ilrec runs prune --keep 3
-ilrec runs convert                  # of releases before versions""",
-)
-app.add_typer(runs_app, name="runs")
-
-models_app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    help="""List models and their versions; say which version a name stands for, and take that back.
-
-\b
-ilrec models list
-ilrec models show shop
-ilrec models promote shop@3
-ilrec models rollback shop""",
-)
-app.add_typer(models_app, name="models")
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-@app.command()
-def simulate(
-    out: Annotated[Path, typer.Argument(help="Directory to write the world to.")],
-    overrides: Set = [],  # noqa: B006  (typer reads it, nobody changes it)
-) -> None:
-    """Write a simulated world with known truth: items, interactions and the oracle's metrics.
-
-    \b
-    ilrec simulate worlds/a
-    ilrec simulate worlds/b --set seed=7 --set items=20000
-    """
-    from trainer.experiment import load_world
-    from trainer.world.simulator import simulate as write_world
-
-    write_world(load_world(overrides), out, _say)
-
-
-@app.command()
-def prepare(config: Config, overrides: Set = []) -> None:  # noqa: B006
-    """Read, clean and split the data, spell the catalogue; print and save statistics.
-
-    \b
-    ilrec prepare configs/office.yaml
-    ilrec prepare my.yaml --set data.min_user_interactions=5
-    """
-    from trainer.experiment import load_experiment
-
-    experiment = load_experiment(config, overrides).located()
-    from trainer.prepare import prepare as write_prepared
-
-    prepared = write_prepared(experiment, _say)
-    for part in prepared.parts:
-        _say(f"prepared: {part}")
-
-
-@app.command()
-def train(config: Config, fresh: Fresh = False, promote: Promote = False, overrides: Set = []) -> None:  # noqa: B006
-    """Prepare the data if need be, train on Ray, export the best checkpoint as a version of the model.
-
-    Interrupted? Run the same command again: it goes on from its latest checkpoint. Another config, or new data, become
-    the next version beside those that there are; nothing is overwritten.
-
-    \b
-    ilrec train configs/demo.yaml
-    ilrec train configs/office.yaml --set training.epochs=3 --set cluster.workers=1
-    ilrec train my.yaml --set init_from=shop          # goes on from what is promoted
-    ilrec train my.yaml --set recommender.kind=sasrec --set name=my-sasrec
-    """
-    from trainer.experiment import load_experiment
-
-    experiment = load_experiment(config, overrides).located()
-    from recommender.bundle import read_manifest
-    from trainer.data.dataset import Dataset
-    from trainer.evaluation.floors import floors_of
-    from trainer.evaluation.standing import standing_on_validation
-    from trainer.fit import check_model
-    from trainer.fit import train as fit
-    from trainer.prepare import prepare as write_prepared
-    from trainer.run import alone
-
-    check_model(experiment)
-    with alone(experiment):
-        prepared = write_prepared(experiment, _say)
-        version = fit(experiment, prepared, _say, fresh)
-    dataset, manifest = Dataset.load(prepared.dataset), read_manifest(version.bundle)
-    stands = standing_on_validation(manifest, dataset, experiment.evaluation, floors_of(experiment), _say)
-    _say(f"bundle: {version.bundle}\nreport: {version.directory}/report.html")
-    _conclude(version, promote)
-    _say(f"validation: {stands}")
-
-
-def _conclude(version: Version, promote: bool) -> None:
-    """Promote a new version if asked to, and say what can be done with it."""
-    from recommender.models import Model
-
-    model = Model(version.storage, version.name)
-    if promote:
-        model.promote(version)
-    serve_it = f"ilrec serve {version.name}"
-    if model.promoted != version:
-        serve_it = f"ilrec models promote {version} (the name stands for {model.promoted})"
-    _say(f"next: ilrec evaluate {version}, or {serve_it}")
-
-
-@app.command()
-def tune(config: Config, fresh: Fresh = False, promote: Promote = False, overrides: Set = []) -> None:  # noqa: B006
-    """Try values of some fields (the `sweep` section), stop the bad trials early, export the best one as a version.
-
-    Each trial is a training run on Ray as `ilrec train` starts it; as many run at once as the cluster has room for.
-    Interrupted? Run the same command again: finished trials are kept, the others go on.
-
-    \b
-    ilrec tune configs/sweeps/demo.yaml
-    ilrec tune configs/sweeps/ilrec.yaml --set sweep.trials=8 --set name=small-sweep
-    ilrec tune my.yaml --set sweep.concurrent=2 --fresh
-
-    \b
-    sweep:                     # in the experiment
-      parameters:
-        objective.beta: {kind: loguniform, low: 0.005, high: 0.2}     # or uniform
-        training.learning_rate: {kind: choice, values: [5.0e-4, 1.0e-3]}
-        objective.k: {kind: grid, values: [1, 2, 3]}                  # each value with all others
-      trials: 4                # samples, for each point of the grid
-      scheduler: {kind: asha, grace_period: 1, reduction_factor: 3}   # null: no trial is stopped
-    """
-    from trainer.experiment import load_experiment
-
-    experiment = load_experiment(config, overrides)
-    from tune.space import check_sweep
-
-    check_sweep(experiment)
-    experiment = experiment.located()
-    from trainer.run import alone
-    from tune.sweep import sweep
-
-    with alone(experiment):
-        version = sweep(experiment, _say, fresh)
-    run = version.directory
-    _say(f"bundle: {version.bundle}\nreport: {run}/tune/report.html, trials.json\nsettings: {run}/best.yaml")
-    _conclude(version, promote)
-
-
-@app.command()
-def evaluate(
-    what: Annotated[str, typer.Argument(help="An experiment (YAML file): its latest version; or a model: name@2.")],
-    model: Annotated[str | None, typer.Option(help="Another model or bundle, on the experiment's data.")] = None,
-    split: Annotated[Literal["test", "validation"], typer.Option(help="Which targets.")] = "test",
-    against: Annotated[
-        str | None,
-        typer.Option(help="Another model that was evaluated, or its targets.parquet: paired bootstrap over users."),
-    ] = None,
-    storage: Storage = Path("runs"),
-    overrides: Set = [],  # noqa: B006
-) -> None:
-    """Rank every held-out target against the whole catalogue: HR and NDCG with 95 % intervals, and for whom.
-
-    Beside the model stand the floors that it has to beat: most-popular, item-to-item counts and the cosine of titles.
-
-    \b
-    ilrec evaluate demo
-    ilrec evaluate demo@2 --against demo@1
-    ilrec evaluate configs/demo.yaml --split validation
-    ilrec evaluate configs/demo.yaml --model other --set evaluation.exclude_seen=true
-    """
-    from recommender.lock import in_use
-    from recommender.models import find_bundle
-    from trainer.experiment import load_experiment
-    from trainer.run import experiment_of
-
-    if Path(what).suffix in (".yaml", ".yml"):
-        experiment = load_experiment(what, overrides)
-        if model is None:
-            model = str(experiment.model.version("latest").bundle)
-    else:
-        model = model or what
-        experiment = experiment_of(find_bundle(what, storage), overrides)
-    experiment = experiment.located()
-    bundle = find_bundle(model, experiment.storage)
-    from deploy.demo import print_audience, print_report
-    from trainer.evaluation.evaluation import compare, read_per_target
-    from trainer.evaluation.evaluation import evaluate as rank_all
-    from trainer.evaluation.floors import floors_of
-    from trainer.evaluation.saved import per_target_of
-    from trainer.evaluation.standing import standing
-    from trainer.prepare import prepare as write_prepared
-    from trainer.reporting.report import write_report
-    from trainer.run import CONFIG, SWEEP
-
-    other = None if against is None else per_target_of(against, split, experiment.storage)
-    if other is not None:
-        read_per_target(other)  # before the ranking, which takes long
-    with in_use(experiment.storage):
-        prepared = write_prepared(experiment, _say)
-        report, saved = rank_all(
-            bundle,
-            prepared.dataset,
-            split,
-            experiment.evaluation,
-            experiment.cluster,
-            _say,
-            experiment.search,
-            floors_of(experiment),
-        )
-    print_report(report.metrics, report.intervals)
-    print_audience(report)
-    _say(
-        f"{report.targets} {split} targets in {report.seconds:.1f} s; exact {report.exact_rate:.1%}, "
-        f"invalid {report.invalid_rate:.1%}, {report.expansions:.1f} expansions a list"
-    )
-    _say(f"saved: {saved.directory}")
-    run = bundle.parent
-    if (run / CONFIG).exists() and not (run / SWEEP).exists():  # a sweep has a report of its own
-        _say(f"report: {write_report(experiment, run, prepared)}")
-    if other is not None:
-        found = compare(saved.per_target, other)
-        low, high = found["interval"]
-        _say(f"{found['metric']} minus {against}: {found['difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}]")
-    _say(f"{split}: {standing(report.metrics, report.differences)}")
-
-
-@app.command()
-def recommend(
-    model: Reference,
-    history: Annotated[str, typer.Option(help='Item ids or titles, oldest first, parted by ";"; or a JSON list.')],
-    k: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
-    seen: Annotated[bool, typer.Option("--seen/--unseen", help="Whether items of the history may come back.")] = False,
-    storage: Storage = Path("runs"),
-) -> None:
-    """Print the top-K for one history.
-
-    \b
-    ilrec recommend demo --history "i12; i7; i99"
-    ilrec recommend office@2 --history "12; 431; 77" -k 5
-    ilrec recommend /models/shop --history '["Tent; two persons", "Stove"]'
-    """
-    texts = _listed(history)
-    if not texts:
-        raise UserError('--history is empty; give ids or titles parted by ";"')
-    from recommender.loading import load_recommender
-    from recommender.models import find_bundle
-
-    recommender = load_recommender(find_bundle(model, storage))
-    items = recommender.catalogue.indices_of(texts)
-    answer = recommender.recommend([items], k, None if seen else [set(items)])[0]
-    for rank, (item, score) in enumerate(zip(answer.items, answer.scores, strict=True), 1):
-        _say(f"{rank:>3}  {score:8.3f}  {recommender.catalogue.item_ids[item]}  {recommender.catalogue.titles[item]}")
-    if answer.exact and len(answer.items) < k:
-        _say(f"only {len(answer.items)} items are left to recommend")
-    limit = "search.node_budget or search.width ended the search"
-    _say("exact: this is the true top-K" if answer.exact else f"not exact: {limit}")
-
-
-def _listed(history: str) -> list[str]:
-    """What a history names: a JSON list's texts, or what semicolons part."""
-    import json
-
-    try:
-        given = json.loads(history)
-    except ValueError:
-        given = None
-    return [text for each in (given if isinstance(given, list) else history.split(";")) if (text := str(each).strip())]
-
-
-@app.command()
-def serve(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL …",
-            help="A model's name, name@version or the path of a bundle; name=… gives it another name for requests.",
-        ),
-    ],
-    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default 8000.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Take the `serving` section of this experiment.")] = None,
-    storage: Annotated[
-        Path | None, typer.Option(help="Where models are looked for by name; default: ILREC_STORAGE, or runs.")
-    ] = None,
-) -> None:
-    """Serve models over HTTP with Ray Serve until Ctrl-C. A bare name follows what is promoted.
-
-    \b
-    ilrec serve demo
-    ilrec serve shop old=shop@1
-    ilrec serve /models/shop
-    curl -s localhost:8000/v1/recommendations -H 'content-type: application/json' \\
-         -d '{"history": ["<id or title>"], "k": 5}'
-    """
-    from service.config import ServingConfig
-
-    settings = ServingConfig()
-    if config is not None:
-        from trainer.experiment import load_experiment
-
-        settings = load_experiment(config).serving
-    place = None if storage is None else str(storage.expanduser().absolute())
-    asked = {"host": host, "port": port, "storage": place}
-    given = {name: value for name, value in asked.items() if value is not None}
-    from service.app import run
-
-    run(models, settings.model_copy(update=given), blocking=True)
-
-
-Out = Annotated[
-    Path | None,
-    typer.Argument(help="A directory for the new bundle; default: it becomes the model's next version."),
-]
-
-
-@app.command()
-def export(
-    model: Reference,
-    out: Out = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Fold the LoRA adapter into the backbone.")] = False,
-    promote: Promote = False,
-    storage: Storage = Path("runs"),
-) -> None:
-    """Write a bundle anew, its adapter folded in, so that it needs no other files.
-
-    \b
-    ilrec export shop --merge                 # the next version of shop
-    ilrec export shop@3 /models/shop --merge
-    """
-    if not merge:
-        raise UserError("say what to do: ilrec export MODEL [OUT] --merge")
-    from recommender.recommender import merge_adapter
-    from trainer.derived import derived
-
-    version = derived(model, storage, out, "export", merge_adapter)
-    if version is not None:
-        _conclude(version, promote)
-    else:
-        _say(f"merged bundle: {out}")
-
-
-@app.command()
-def extend(
-    model: Reference,
-    items: Annotated[str, typer.Argument(help="Items file: CSV, TSV, JSONL or Parquet with item_id and title.")],
-    out: Out = None,
-    id_column: Annotated[str, typer.Option(help="Its column of item ids.")] = "item_id",
-    title_column: Annotated[str, typer.Option(help="Its column of titles.")] = "title",
-    promote: Promote = False,
-    storage: Storage = Path("runs"),
-) -> None:
-    """Add new items to a model without training: a language model can name whatever has a title.
-
-    Items that it knows already stay as they are, and so does the version that it is made from.
-
-    \b
-    ilrec extend shop data/items_today.csv              # the next version of shop
-    ilrec extend shop@3 data/items_today.csv /models/shop-today
-    """
+    from recommender.bundle import Manifest
     from recommender.catalogue.catalogue import Catalogue
-    from recommender.models import find_bundle
-    from recommender.recommender import extend_bundle, language_model_manifest
-    from trainer.data.config import ItemColumns
-    from trainer.data.readers import Problems, read_items
-    from trainer.derived import derived
+    from recommender.catalogue.columns import Column, Value
+    from recommender.recommendation import AnyRecommender
+    from trainer.data.dataset import Dataset
+    from trainer.evaluation.evaluation import Report
 
-    bundle = find_bundle(model, storage)
-    language_model_manifest(bundle)
-    table = read_items(items, ItemColumns(item_id=id_column, title=title_column), Problems("strict"))
-    known = set(Catalogue.load(bundle).item_ids)
-    new = table.filter([item not in known for item in table["item_id"].to_pylist()])
-    if not len(new):
-        raise UserError(f"{items}: all of its {len(table)} items are in {model} already")
-    further = Catalogue(new["item_id"].to_pylist(), new["title"].to_pylist(), new)
-    version = derived(
-        model, storage, out, "extend", lambda source, target, **of: extend_bundle(source, further, target, **of)
-    )
-    _say(f"{version or out}: {len(new)} items added to {len(known)}, {len(table) - len(new)} were known")
-    if version is not None:
-        _conclude(version, promote)
+__all__ = [
+    "Evaluation",
+    "Experiment",
+    "Explanation",
+    "Histories",
+    "Item",
+    "Model",
+    "Prepared",
+    "Recommendations",
+    "Recommender",
+    "Sweep",
+    "UserError",
+    "Version",
+    "experiment",
+    "histories",
+    "load",
+    "models",
+]
 
 
-@app.command()
-def schema(
-    readable: Annotated[bool, typer.Option("--readable", help="A page of Markdown to read, not JSON.")] = False,
-) -> None:
-    """Print the JSON schema of an experiment: every section, field, default and description.
+def load(
+    model: str | Path, storage: str | Path | None = None, device: str = "cpu", dtype: str | None = None
+) -> Recommender:
+    """Open a model, of whatever kind.
 
-    \b
-    ilrec schema > experiment.schema.json
-    ilrec schema --readable > configuration.md
+    Args:
+        model: a name (the version that is promoted), name@2, name@latest, or the path of a bundle.
+        storage: where names are looked for; None: ILREC_STORAGE, or `runs` here.
+        device: e.g. "cpu", "cuda".
+        dtype: of a language model's weights, "float32" or "bfloat16"; None: as they were saved.
+
+    Raises:
+        UserError: there is no such model, or it is damaged.
     """
-    import json
+    bundle = find_bundle(model, _path(storage))
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype {dtype!r}: give 'float32' or 'bfloat16'")
+    import torch
 
-    from trainer.experiment import Experiment
-    from trainer.reference import markdown, sections
+    from recommender.loading import load_recommender
 
-    _say(markdown(sections()) if readable else json.dumps(Experiment.model_json_schema(), indent=2))
+    return Recommender(load_recommender(bundle, device, None if dtype is None else getattr(torch, dtype)))
 
 
-@app.command()
-def demo(
-    config: Annotated[Path, typer.Argument(help="Any experiment.")] = Path("configs/demo.yaml"),
-    fresh: Fresh = False,
-    overrides: Set = [],  # noqa: B006
-) -> None:
-    """The main job end to end: prepare, train, evaluate, serve, and one HTTP request.
+def models(storage: str | Path | None = None) -> dict[str, Model]:
+    """The models of a storage by name; each has `versions`, `promoted`, `promote(version)` and `rollback()`.
 
-    \b
-    ilrec demo
-    ilrec demo configs/office.yaml
+    Raises:
+        UserError: there is no such directory.
     """
-    from trainer.experiment import load_experiment
-
-    experiment = load_experiment(config, overrides).located()
-    from deploy.demo import run
-    from trainer.run import alone
-
-    with alone(experiment):
-        run(experiment, _say, fresh)
+    return {model.name: model for model in find_models(_path(storage) or default_storage())}
 
 
-@app.command()
-def plan(
-    config: Config,
-    gpu_memory: Annotated[
-        float | None, typer.Option(min=1, help="GB of a worker's GPU: does it fit, or what would?")
-    ] = None,
-    tokens_per_second: Annotated[
-        float | None, typer.Option(min=0.001, help="Throughput of all workers; default: as an earlier run's.")
-    ] = None,
-    tflops: Annotated[float | None, typer.Option(min=0.000001, help="The same, in matrix products.")] = None,
-    overrides: Set = [],  # noqa: B006
-) -> None:
-    """Say what a training needs: memory by ZeRO stage, steps, matrix products, time. Prepares the data if need be.
+def experiment(
+    what: str | Path | Mapping[str, Any],
+    set: Mapping[str, Any] | Sequence[str] = (),
+    say: Say = print,
+    storage: str | Path | None = None,
+) -> Experiment:
+    """An experiment, checked, to be run.
 
-    \b
-    ilrec plan configs/demo.yaml
-    ilrec plan my.yaml --gpu-memory 24 --tflops 400 --set cluster.workers=8
+    Args:
+        what: a YAML file; what such a file holds; or a model, `name` or `name@2`: the experiment that it was trained
+            as.
+        set: fields in place of those, {"training.epochs": 3} or ["training.epochs=3"].
+        say: takes each line of progress.
+        storage: where a model is looked for by name; None: ILREC_STORAGE, or `runs` here. (What an experiment makes
+            goes into its own `cluster.storage`.)
+
+    Raises:
+        UserError: names the file, the field and the remedy.
     """
-    from trainer.experiment import load_experiment
+    if isinstance(what, Mapping) or Path(what).suffix in (".yaml", ".yml"):
+        return Experiment(load_experiment(what, set), say)
+    from trainer.run import experiment_of, prepared_of
 
-    experiment = load_experiment(config, overrides).located()
-    from deploy.plan import print_plan
-    from trainer.loop.requirements import requirements
-    from trainer.prepare import prepare as write_prepared
-
-    if gpu_memory is not None and not experiment.cluster.gpus_per_worker:
-        raise UserError("--gpu-memory: the workers have no GPUs; add --set cluster.gpus_per_worker=1")
-    if tokens_per_second is not None and tflops is not None:
-        raise UserError("--tokens-per-second and --tflops say the same; give one of them")
-    needs = requirements(experiment, write_prepared(experiment, _say))
-    print_plan(needs, gpu_memory, tokens_per_second, tflops)
+    bundle = find_bundle(what, _path(storage))
+    try:
+        data = None if set else prepared_of(bundle)
+    except UserError:  # pruned, or of an earlier release: made again
+        data = None
+    return Experiment(experiment_of(bundle, set), say, str(bundle), data)
 
 
-@app.command()
-def submit(
-    verb: Annotated[Literal["prepare", "train", "tune", "evaluate"], typer.Argument(help="What to run.")],
-    config: Config,
-    address: Address,
-    options: Annotated[list[str] | None, typer.Argument(help="After --: further options of the verb.")] = None,
-    wheel: Annotated[Path | None, typer.Option(help="Send this wheel's code, not the checkout's.")] = None,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the log until the job ends.")] = True,
-    overrides: Set = [],  # noqa: B006
-) -> None:
-    """Run a verb as a job of a Ray cluster, and follow it: its log, its exit status. Ctrl-C does not stop it.
+def histories(source: Prepared | Experiment | str | Path, storage: str | Path | None = None) -> Histories:
+    """What users did, by user id: histories to recommend for.
 
-    The config is checked here and travels with the code. Paths in it must be absolute, of files that all machines of
-    the cluster see. The cluster's token is sent where RAY_AUTH_MODE=token.
+    Args:
+        source: prepared data; an experiment, whose data are prepared if need be; or a model: its training data.
+        storage: where a model is looked for by name; None: ILREC_STORAGE, or `runs` here.
 
-    With --address ray://… it is no job, and ends with this command: Ctrl-C stops it, and what it has saved stays.
-
-    \b
-    ilrec submit train my.yaml --address http://head:8265
-    ilrec submit train my.yaml --address ray://head:10001
-    ilrec submit train my.yaml --address http://head:8265 --set training.epochs=3 --no-wait -- --fresh
+    Raises:
+        UserError: there is no such model, or its data are not known here.
     """
-    from trainer.experiment import load_experiment, read_values
+    if isinstance(source, Experiment):
+        source = source.prepare()
+    elif not isinstance(source, Prepared):
+        from trainer.run import prepared_of
 
-    experiment, values = load_experiment(config, overrides), read_values(config, overrides)
-    if verb == "tune":
+        source = prepared_of(find_bundle(source, _path(storage)))
+    from trainer.data.dataset import Dataset
+
+    return Histories(Dataset.load(source.dataset))
+
+
+# -- Recommending -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of a list: `score` is a log-probability, or what an ItemKNN or TF-IDF gives."""
+
+    rank: int
+    item_id: str
+    title: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Recommendations(Sequence[Item]):
+    """A list, best item first: a sequence of its items.
+
+    Attributes:
+        items: fewer than were asked for where the filters leave fewer.
+        exact: whether this is proven to be the true top-K of what may be recommended.
+        expansions: trie nodes that the search expanded; 0 for a model that scores every item.
+    """
+
+    items: tuple[Item, ...]
+    exact: bool
+    expansions: int
+
+    @property
+    def item_ids(self) -> list[str]:
+        return [item.item_id for item in self.items]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.items[place]
+
+    def __repr__(self) -> str:
+        lines = [f"{item.rank:>3}  {item.score:8.3f}  {item.item_id}  {item.title}" for item in self.items]
+        return "\n".join([f"{len(self)} items, {'exact' if self.exact else 'not exact'}", *lines])
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why an item has its score: the log-probabilities of the tokens that spell it add up to it.
+
+    Attributes:
+        tokens: text and log-probability of each; a token that is forced (nothing else is valid there) has 0.
+    """
+
+    item_id: str
+    title: str
+    score: float
+    tokens: tuple[tuple[str, float], ...]
+
+    def __repr__(self) -> str:
+        lines = [f"{value:8.3f}  {text!r}" for text, value in self.tokens]
+        return "\n".join([f"{self.score:8.3f}  {self.item_id}  {self.title}", *lines])
+
+
+class Recommender:
+    """An opened model. Histories and candidates name items by id or, failing that, by title (case ignored).
+
+    Attributes:
+        manifest: name, version, metrics, how it is searched.
+        catalogue: the items.
+    """
+
+    def __init__(self, opened: AnyRecommender):
+        self._opened = opened
+        self.manifest: Manifest = opened.manifest
+        self.catalogue: Catalogue = opened.catalogue
+
+    def __repr__(self) -> str:
+        version = "" if self.manifest.version is None else f"@{self.manifest.version}"
+        return f"<{self.manifest.name}{version}, {self.manifest.kind}, {len(self.catalogue):,} items>"
+
+    def recommend(
+        self,
+        history: Sequence[str],
+        k: int = 10,
+        where: Mapping[str, Value | Sequence[Value]] | None = None,
+        max_per: Mapping[str, int] | None = None,
+        exclude_seen: bool = True,
+        allow: Sequence[str] | None = None,
+        deny: Sequence[str] = (),
+    ) -> Recommendations:
+        """The top-K for one history.
+
+        Args:
+            history: item ids or titles, oldest first, at least one.
+            k: how many items.
+            where: by column of the items file, the value or values of which an item must have one.
+            max_per: by column, how many items of one value may be listed.
+            exclude_seen: never list items of the history.
+            allow: the only items that may be listed.
+            deny: items that may not be.
+
+        Raises:
+            UserError: an item or a column is unknown; says what may have been meant.
+        """
+        return self.recommend_batch([history], k, where, max_per, exclude_seen, allow, deny)[0]
+
+    def recommend_batch(
+        self,
+        histories: Sequence[Sequence[str]],
+        k: int = 10,
+        where: Mapping[str, Value | Sequence[Value]] | None = None,
+        max_per: Mapping[str, int] | None = None,
+        exclude_seen: bool = True,
+        allow: Sequence[str] | None = None,
+        deny: Sequence[str] = (),
+    ) -> list[Recommendations]:
+        """The top-K for each of several histories, searched together. Arguments and errors as of `recommend`."""
+        from recommender.capped import fill, search_together
+
+        if k < 1:
+            raise UserError(f"k is {k}; ask for 1 item or more")
+        seen = [self._indices(history, "history") for history in histories]
+        values = {name: _values(given) for name, given in (where or {}).items()}
+        allowed = None if allow is None else self.catalogue.indices_of(allow, "allow")
+        denied = self.catalogue.indices_of(deny, "deny")
+        self._check_columns("where", values)
+        self._check_columns("max_per", max_per or {})
+        if few := [name for name, cap in (max_per or {}).items() if cap < 1]:
+            raise UserError(f"max_per.{few[0]}: give 1 or more")
+        lists = [self._list(items, k, values, max_per or {}, exclude_seen, allowed, denied) for items in seen]
+        fill(lists, lambda unfinished: search_together(self._opened, unfinished))
+        answers = [each.answer() for each in lists]
+        return [
+            Recommendations(self._items(answer.items, answer.scores), answer.exact, answer.expansions)
+            for answer in answers
+        ]
+
+    def rank(self, history: Sequence[str], candidates: Sequence[str]) -> Recommendations:
+        """Candidates in the order of their scores, those that `recommend` would give them; each once.
+
+        Raises:
+            UserError: an item is unknown.
+        """
+        items, wanted = self._indices(history, "history"), self._indices(candidates, "candidates")
+        [scores] = self._opened.rank([items], [wanted])
+        best = sorted(set(zip([-score for score in scores], wanted, strict=True)))
+        return Recommendations(self._items([i for _, i in best], [-s for s, _ in best]), exact=True, expansions=0)
+
+    def explain(self, history: Sequence[str], item: str) -> Explanation:
+        """The tokens that spell an item, and their log-probabilities, which add up to its score.
+
+        Raises:
+            UserError: an item is unknown, or the model does not spell items.
+        """
+        items, [wanted] = self._indices(history, "history"), self._indices([item], "item")
+        found = self._opened.spellings(items, [wanted])
+        if found is None:
+            raise UserError(f"{self!r} scores items as a whole, so there are no tokens that could explain a score")
+        tokens = tuple(found[0])
+        score = sum(value for _, value in tokens)
+        return Explanation(self.catalogue.item_ids[wanted], self.catalogue.titles[wanted], score, tokens)
+
+    @cached_property
+    def columns(self) -> Mapping[str, Column]:
+        """The columns that can be filtered by."""
+        from recommender.catalogue.columns import columns_of
+
+        return columns_of(self.catalogue)
+
+    def _list(
+        self,
+        items: list[int],
+        k: int,
+        where: Mapping[str, Sequence[Value]],
+        max_per: Mapping[str, int],
+        exclude_seen: bool,
+        allow: list[int] | None,
+        deny: list[int],
+    ) -> Any:
+        import numpy as np
+
+        from recommender.capped import CappedList
+        from recommender.catalogue.columns import items_where
+
+        columns = self.columns if where or max_per else {}
+        exclude = np.array([*(items if exclude_seen else ()), *deny], np.int64)
+        allowed = items_where(columns, where, allow, len(self.catalogue))
+        return CappedList(items, k, exclude, allowed, max_per, columns, self.manifest.search)
+
+    def _indices(self, texts: Sequence[str], field: str) -> list[int]:
+        if isinstance(texts, str):
+            raise UserError(f"{field}: is one text; give a list of ids or titles")
+        if not texts:
+            raise UserError(f"{field}: is empty; name at least 1 item of the catalogue")
+        return self.catalogue.indices_of(texts, field)
+
+    def _check_columns(self, field: str, names: Mapping[str, Any]) -> None:
+        from recommender.catalogue.columns import column_named
+
+        for name in names:
+            try:
+                column_named(self.columns, name)
+            except UserError as error:
+                raise UserError(f"{field}.{name[:80]}: {error}") from None
+
+    def _items(self, items: Sequence[int], scores: Sequence[float]) -> tuple[Item, ...]:
+        ids, titles = self.catalogue.item_ids, self.catalogue.titles
+        return tuple(
+            Item(rank, ids[item], titles[item], score)
+            for rank, (item, score) in enumerate(zip(items, scores, strict=True), 1)
+        )
+
+
+class Histories(Mapping[str, list[str]]):
+    """Item ids by user id, oldest first: all that the data hold of a user, held-out items included.
+
+    Of a user with several sequences, as published windows may give, it is the longest.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self._dataset = dataset
+        lengths = dataset.offsets[1:] - dataset.offsets[:-1]
+        self._sequence: dict[str, int] = {}
+        for sequence, user in enumerate(dataset.users):
+            if user not in self._sequence or lengths[sequence] > lengths[self._sequence[user]]:
+                self._sequence[user] = sequence
+
+    def __getitem__(self, user: str) -> list[str]:
+        sequence, dataset = self._sequence[user], self._dataset
+        items = dataset.flat_items[dataset.offsets[sequence] : dataset.offsets[sequence + 1]]
+        return [dataset.item_ids[item] for item in items]
+
+    def of(self, user: str) -> list[str]:
+        """As `[user]`.
+
+        Raises:
+            UserError: the user is unknown; says whom there may be instead.
+        """
+        if user not in self:
+            close = get_close_matches(user, self._sequence, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it holds {len(self):,} users"
+            raise UserError(f"user {user!r} is not in the data{hint}")
+        return self[user]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sequence)
+
+    def __len__(self) -> int:
+        return len(self._sequence)
+
+    def __repr__(self) -> str:
+        return f"<histories of {len(self):,} users>"
+
+
+# -- Experiments ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: system ("model", "most_popular", "itemknn", "tfidf") → metric, "NDCG@10" → mean.
+        intervals: the same, → 95 % interval.
+        report: all of it, by kind of target and policy as well.
+        directory: where it is kept.
+        standing: where the model stands beside the floors, in words.
+        difference: paired with the other model, where one was named: metric, difference, 95 % interval.
+    """
+
+    report: Report = field(repr=False)
+    directory: Path
+    standing: str
+    difference: dict[str, Any] | None = None
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        return self.report.metrics
+
+    @property
+    def intervals(self) -> dict[str, dict[str, tuple[float, float]]]:
+        return self.report.intervals
+
+    @cached_property
+    def per_target(self) -> pa.Table:
+        """A row a target: user, item, rank, list, history length, popularity."""
+        import pyarrow.parquet as pq
+
+        from trainer.evaluation.saved import Saved
+
+        return pq.read_table(Saved(self.directory).per_target)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep found.
+
+    Attributes:
+        version: of the model, the best trial's.
+        trials: name, parameters, outcome and history of each, in the order in which they began.
+    """
+
+    version: Version
+    trials: list[dict[str, Any]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment to be run. Each step makes what it needs, and finds again what was made before.
+
+    Attributes:
+        config: as the file gives it, checked.
+        say: takes each line of progress.
+        trained: the bundle of the model that it was asked for by, if it was.
+        data: what that was trained on, where nothing was set in place of its fields.
+    """
+
+    config: Config = field(repr=False)
+    say: Say = field(default=print, repr=False)
+    trained: str | None = None
+    data: Prepared | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> Model:
+        """The model that it trains, with the versions that there are."""
+        return self.config.model
+
+    def prepare(self) -> Prepared:
+        """Read, clean and split the data, spell the catalogue.
+
+        Raises:
+            UserError: a mistake in the data.
+        """
+        experiment = self.config.located()
+        from trainer.prepare import prepare
+
+        return prepare(experiment, self.say)
+
+    def train(self, fresh: bool = False, promote: bool = False) -> Version:
+        """Prepare if need be, train on Ray, export the best checkpoint as a version of the model.
+
+        An interrupted training goes on; a finished one of the same config and data is not repeated.
+
+        Args:
+            fresh: begin a new version, even where there is one of this config; all others are kept.
+            promote: let the name stand for it; without, only the first is.
+
+        Raises:
+            UserError: a mistake in config or data, or training stopped for a reason that the user can mend.
+        """
+        experiment = self.config.located()
+        from recommender.bundle import read_manifest
+        from trainer.data.dataset import Dataset
+        from trainer.evaluation.floors import floors_of
+        from trainer.evaluation.standing import standing_on_validation
+        from trainer.fit import check_model, train
+        from trainer.prepare import prepare
+        from trainer.run import alone
+
+        check_model(experiment)
+        with alone(experiment):
+            prepared = prepare(experiment, self.say)
+            version = train(experiment, prepared, self.say, fresh)
+        dataset, manifest = Dataset.load(prepared.dataset), read_manifest(version.bundle)
+        stands = standing_on_validation(manifest, dataset, experiment.evaluation, floors_of(experiment), self.say)
+        self.say(f"bundle: {version.bundle}\nreport: {version.directory}/report.html")
+        self._conclude(version, promote)
+        self.say(f"validation: {stands}")
+        return version
+
+    def tune(self, fresh: bool = False, promote: bool = False) -> Sweep:
+        """Try values of the fields that the `sweep` section names, export the best trial as a version of the model.
+
+        Args, errors: as of `train`.
+        """
         from tune.space import check_sweep
 
-        check_sweep(experiment)
-    if {"--set", "-s"} & set(options or []):
-        raise UserError("give --set before the --, so that it is checked here")
-    typer.main.get_group(app).commands[verb].make_context(verb, [str(config), *(options or [])])  # refuses bad options
-    if address.startswith("ray://"):
-        if not wait:
-            raise UserError(f"--no-wait: at {address} it would end with this command; submit it to http://<head>:8265")
-        from deploy.client import run
+        check_sweep(self.config)
+        experiment = self.config.located()
+        from recommender.files import read_json
+        from trainer.run import SWEEP, alone
+        from tune.sweep import sweep
 
-        raise typer.Exit(run(address, verb, experiment, values, options or [], wheel, _say))
-    from deploy import jobs
+        with alone(experiment):
+            version = sweep(experiment, self.say, fresh)
+        run = version.directory
+        self.say(f"bundle: {version.bundle}\nreport: {run}/tune/report.html, trials.json\nsettings: {run}/best.yaml")
+        self._conclude(version, promote)
+        return Sweep(version, cast("list[dict[str, Any]]", read_json(run / SWEEP / "trials.json")))
 
-    client = jobs.connect(address)
-    job = jobs.submit(client, verb, experiment, values, options or [], wheel, _say)
-    _say(jobs.submitted(client, job))
-    if wait:
-        raise typer.Exit(jobs.follow(client, job, _say))
+    def evaluate(
+        self, model: str | Path | None = None, split: str = "test", against: str | Path | None = None
+    ) -> Evaluation:
+        """Rank every held-out target against the whole catalogue, with the floors beside it.
 
+        Args:
+            model: another model or bundle, on this experiment's data; None: the one that it was asked for by, or the
+                latest version.
+            split: "test" or "validation".
+            against: another model that was evaluated, or its targets.parquet: paired bootstrap over users.
 
-@jobs_app.command("list")
-def list_jobs(address: Address) -> None:
-    """All jobs that were submitted to the cluster."""
-    from deploy import jobs
+        Raises:
+            UserError: nothing is trained yet, or the model does not fit the data.
+        """
+        if split not in ("test", "validation"):
+            raise UserError(f"split {split!r}: give 'test' or 'validation'")
+        reference = model or self.trained or self.model.version("latest").bundle
+        experiment = self.config if self.data else self.config.located()
+        bundle = find_bundle(reference, experiment.storage)
+        from recommender.lock import in_use
+        from trainer.evaluation.evaluation import compare, evaluate, read_per_target
+        from trainer.evaluation.floors import floors_of
+        from trainer.evaluation.saved import per_target_of
+        from trainer.evaluation.standing import standing
+        from trainer.prepare import prepare
+        from trainer.reporting.report import write_report
+        from trainer.run import CONFIG, SWEEP
 
-    jobs.show(jobs.connect(address))
+        other = None if against is None else per_target_of(str(against), split, experiment.storage)
+        if other is not None:
+            read_per_target(other)  # before the ranking, which takes long
+        with in_use(experiment.storage):
+            prepared = self.data or prepare(experiment, self.say)
+            report, saved = evaluate(
+                bundle,
+                prepared.dataset,
+                split,
+                experiment.evaluation,
+                experiment.cluster,
+                self.say,
+                experiment.search,
+                floors_of(experiment),
+            )
+        self.say(f"saved: {saved.directory}")
+        run = bundle.parent
+        if (run / CONFIG).exists() and not (run / SWEEP).exists():  # a sweep has a report of its own
+            self.say(f"report: {write_report(experiment, run, prepared)}")
+        difference = None if other is None else compare(saved.per_target, other)
+        return Evaluation(report, saved.directory, standing(report.metrics, report.differences), difference)
 
+    def recommender(self, version: int | str | None = None, device: str = "cpu") -> Recommender:
+        """What was trained, opened.
 
-@jobs_app.command()
-def status(job: Job, address: Address) -> None:
-    """One job: its status, and what went wrong."""
-    from deploy import jobs
+        Args:
+            version: its number, or "latest"; None: what is promoted.
+        """
+        return load(self.model.version("" if version is None else str(version)).bundle, device=device)
 
-    jobs.show(jobs.connect(address), job)
+    def histories(self) -> Histories:
+        """What users did, by user id; prepares the data if need be."""
+        return histories(self)
 
+    def _conclude(self, version: Version, promote: bool) -> None:
+        from deploy.models import conclude
 
-@jobs_app.command()
-def logs(
-    job: Job,
-    address: Address,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job ends, with its exit status.")] = False,
-) -> None:
-    """What a job has printed."""
-    from deploy import jobs
-
-    client = jobs.connect(address)
-    if follow:
-        raise typer.Exit(jobs.follow(client, job, _say))
-    _say(jobs.logs(client, job))
-
-
-@jobs_app.command()
-def stop(job: Job, address: Address) -> None:
-    """Stop a job; its checkpoints stay, and the same experiment submitted again goes on from the latest."""
-    from deploy import jobs
-
-    jobs.stop(jobs.connect(address), job, _say)
-
-
-@runs_app.command("list")
-def list_runs(storage: Storage = Path("runs")) -> None:
-    """All runs of a storage: what they are, how far they got, what they reached, what they take."""
-    from deploy.runs import print_runs
-
-    print_runs(storage, _say)
-
-
-@runs_app.command("compare")
-def compare_runs(
-    names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="name@2, or a name: its latest version.")],
-    storage: Storage = Path("runs"),
-) -> None:
-    """The fields in which runs differ, their metrics, and the first's paired difference to each of the others."""
-    from deploy.runs import print_comparison
-
-    print_comparison(storage, names, _say)
-
-
-@runs_app.command()
-def prune(
-    storage: Storage = Path("runs"),
-    keep: Annotated[
-        int | None,
-        typer.Option(min=1, help="Also remove versions: all but the latest N, the promoted, and the one before it."),
-    ] = None,
-    parts: Annotated[bool, typer.Option("--parts", help="Also remove prepared data that no version needs.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-) -> None:
-    """Remove the checkpoints of finished runs and what interrupted writes left; shows what and how much, and asks.
-
-    The only command that removes anything.
-
-    \b
-    ilrec runs prune
-    ilrec runs prune --keep 3 --parts
-    """
-    from deploy.runs import prune as prune_runs
-
-    prune_runs(storage, keep, parts, yes, typer.confirm, _say)
+        conclude(version, promote, self.say)
 
 
-@runs_app.command()
-def convert(
-    storage: Storage = Path("runs"),
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-) -> None:
-    """Make runs of releases before versions version 1 of their model; shows which, and asks. Nothing is removed."""
-    from deploy.convert import convert as convert_runs
-
-    convert_runs(storage, yes, typer.confirm, _say)
+def _path(place: str | Path | None) -> Path | None:
+    return None if place is None else Path(place).expanduser()
 
 
-@models_app.command("list")
-def list_models(storage: Storage = Path("runs")) -> None:
-    """All models: which version the name stands for, how many there are, validation, when it was exported."""
-    from deploy.models import print_models
-
-    print_models(storage)
-
-
-@models_app.command()
-def show(
-    model: Annotated[str, typer.Argument(help="A model's name.")],
-    storage: Storage = Path("runs"),
-) -> None:
-    """A model's versions, and what was promoted when."""
-    from deploy.models import print_model
-
-    print_model(storage, model, _say)
-
-
-@models_app.command("promote")
-def promote_version(
-    version: Annotated[str, typer.Argument(help="name@2, or a name: its latest version.")],
-    storage: Storage = Path("runs"),
-) -> None:
-    """Let a name stand for a version: `serve`, `recommend`, `init_from` take it; endpoints of that name follow."""
-    from deploy.models import promote as promote_model
-
-    promote_model(storage, version, _say)
-
-
-@models_app.command()
-def rollback(
-    model: Annotated[str, typer.Argument(help="A model's name.")],
-    storage: Storage = Path("runs"),
-) -> None:
-    """Let a name stand for what it stood for before. Once more goes further back."""
-    from deploy.models import rollback as roll_back
-
-    roll_back(storage, model, _say)
-
-
-def _is_full(error: BaseException | None) -> bool:
-    """Whether a disk without room caused it, whatever library says so."""
-    while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            return True
-        error = error.__cause__
-    return False
+def _values(given: Value | Sequence[Value]) -> Sequence[Value]:
+    return [given] if isinstance(given, str | int | float) else given
 
 
 def main() -> NoReturn:
-    """Run the command line; a user's mistake is one message and status 2, never a traceback."""
-    paths = (NotADirectoryError, IsADirectoryError, FileNotFoundError, FileExistsError, PermissionError)
-    quiet()
-    try:
-        app(standalone_mode=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        if _is_full(error):
-            said = "the disk is full: what was there is whole; make room, and the same command goes on"
-            print(f"error: {said} ({error})", file=sys.stderr)
-        elif isinstance(error, OSError) and error.filename and (isinstance(error, paths) or error.errno == errno.EROFS):
-            print(f"error: {error.filename}: {error.strerror}; check the path and who may write there", file=sys.stderr)
-        else:
-            raise
-        sys.exit(2)
-    sys.exit(0)
+    """Run the command line."""
+    from deploy.commands.command_line import main as run
+
+    run()
 
 
 if __name__ == "__main__":

@@ -29,9 +29,10 @@ from ray.util.state import list_nodes
 from rich.console import Console
 from rich.table import Column, Table
 
+from recommender.custom import travelling
 from recommender.errors import UserError
 from trainer.cluster import check_fits
-from trainer.experiment import Experiment
+from trainer.experiment import Experiment, custom_classes
 from trainer.parts import Say
 
 _CHECKOUT = Path(__file__).parents[1]
@@ -170,7 +171,8 @@ def submit(
 
 @contextmanager
 def packed(experiment: Experiment, values: Mapping[str, Any], wheel: Path | None, say: Say) -> Iterator[Path]:
-    """The directory that travels, while the block runs: the code, and the config as `experiment.yaml`.
+    """The directory that travels, while the block runs: the code, with the user's classes, and the config as
+    `experiment.yaml`.
 
     Raises:
         UserError: the config has paths of this machine, there is no code to send or too much of it, or that code does
@@ -180,6 +182,7 @@ def packed(experiment: Experiment, values: Mapping[str, Any], wheel: Path | None
     with tempfile.TemporaryDirectory(prefix="ilrec-") as staging:
         directory = Path(staging)
         _copy_code(wheel, directory)
+        _copy_own(experiment, directory)
         (directory / "experiment.yaml").write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
         if wheel is not None:
             _check_reads_config(wheel, directory)
@@ -228,6 +231,24 @@ def _copy_code(wheel: Path | None, directory: Path) -> None:
             shutil.copytree(
                 package.parent, directory / package.parent.name, ignore=shutil.ignore_patterns("__pycache__")
             )
+
+
+def _copy_own(experiment: Experiment, directory: Path) -> None:
+    """Copy the modules of the user's classes; those that are installed have to be so there as well.
+
+    Raises:
+        UserError: there is no such module, or it has the name of one of ours.
+    """
+    for found, field in {travelling(each, field): field for field, each in custom_classes(experiment)}.items():
+        target = directory / found.name
+        if "site-packages" in found.parts or (target.exists() and found.parent == _CHECKOUT):
+            continue
+        if target.exists():
+            raise UserError(f"{field}.class: {found.name} is the name of a module of ours; choose another one")
+        if found.is_dir():
+            shutil.copytree(found, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(found, target)
 
 
 def _check_reads_config(wheel: Path, directory: Path) -> None:

@@ -76,3 +76,14 @@ def rollback(storage: Path, name: str, say: Say) -> None:
     model = Model(storage, name)
     before = model.version()
     say(f"{name} stands for {model.rollback()} again, and no longer for {before}")
+
+
+def conclude(version: Version, promote: bool, say: Say) -> None:
+    """Promote a new version if asked to, and say what can be done with it."""
+    model = Model(version.storage, version.name)
+    if promote:
+        model.promote(version)
+    serve_it = f"ilrec serve {version.name}"
+    if model.promoted != version:
+        serve_it = f"ilrec models promote {version} (the name stands for {model.promoted})"
+    say(f"next: ilrec evaluate {version}, or {serve_it}")

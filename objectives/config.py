@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from recommender.config import StrictModel
+from recommender.config import CustomClass, StrictModel
 from recommender.errors import UserError
 
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["adaptive"]
@@ -92,7 +92,13 @@ class ILRecConfig(StrictModel):
         return layers
 
 
-ObjectiveConfig = Annotated[LMLConfig | MSLConfig | ILRecConfig, Field(discriminator="kind")]
+class CustomConfig(CustomClass):
+    """A token-level objective of your own: a subclass of `objectives.objective.TokenObjective`."""
+
+    kind: Literal["custom"] = "custom"
+
+
+ObjectiveConfig = Annotated[LMLConfig | MSLConfig | ILRecConfig | CustomConfig, Field(discriminator="kind")]
 
 
 def needs_rewards(config: ObjectiveConfig) -> bool:

@@ -2,11 +2,12 @@
 
 The worker loop knows an objective by what it reads (`layers`, rewards), which positions and tokens it counts, its
 `losses`, and the state that it carries from step to step. Adding one is a function in `losses.py`, a config, a class
-here.
+here; or, outside of this project, a subclass of `TokenObjective` that the experiment names by its import path.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from objectives import losses
-from objectives.config import ILRecConfig, LMLConfig, MSLConfig, ObjectiveConfig
+from objectives.config import CustomConfig, ILRecConfig, LMLConfig, MSLConfig, ObjectiveConfig
 from objectives.losses import SelfHardNegatives
 from objectives.temperature import FIRST, OpeningLogits, moved
+from recommender.custom import made
+from recommender.errors import UserError
 from recommender.items.trie import RadixTrie
 
 
@@ -79,44 +82,66 @@ def _means(sums: Mapping[str, float], counted: int) -> dict[str, float]:
     return {name: value / max(counted, 1) for name, value in sums.items()}
 
 
-class LML:
-    """Plain language modelling over the response."""
+class TokenObjective:
+    """What objectives share, and the base of one of your own. Only `losses` has to be written:
+
+        class Focal(TokenObjective):
+            valid_only = True                        # the softmax runs over the valid tokens
+            branching_only = True                    # and where only one is valid there is nothing to learn
+
+            def __init__(self, gamma: float = 2.0):  # the experiment's `options`
+                super().__init__()
+                self.gamma = gamma
+
+            def losses(self, predictions: Predictions) -> dict[str, Tensor]:
+                log_p = -cross_entropy(predictions.logits, predictions.target, reduction="none")
+                return {"loss": -((1 - log_p.exp()) ** self.gamma) * log_p, "log_p": log_p}
+
+    The experiment names it: `objective: {kind: custom, class: my.losses:Focal, options: {gamma: 1.5}}`. The other
+    attributes are those of `Objective`, with these defaults. What `losses` returns beside "loss" is reported as its
+    mean over the counted positions. A batch is cut into pieces, so `losses` must treat each position by itself. Rewards
+    are not given to it.
+    """
 
     layers: tuple[int, ...] = ()
     layers_learn = False
     branching_only = False
     valid_only = False
-    floats = 4
+    floats = 8
     temperature = 1.0
 
     def __init__(self) -> None:
         self.state: dict[str, Any] = {}
 
     def losses(self, predictions: Predictions) -> dict[str, Tensor]:
-        return {"loss": losses.language_modelling(predictions.logits, predictions.target)}
+        raise NotImplementedError(f"{type(self).__name__} has no losses(self, predictions)")
 
     def advance(self, sums: Mapping[str, float], counted: int) -> dict[str, float]:
         return _means(sums, counted)
 
 
-class MSL:
+class LML(TokenObjective):
+    """Plain language modelling over the response."""
+
+    floats = 4
+
+    def losses(self, predictions: Predictions) -> dict[str, Tensor]:
+        return {"loss": losses.language_modelling(predictions.logits, predictions.target)}
+
+
+class MSL(TokenObjective):
     """Masked softmax loss at a fixed temperature. A forced token's loss is exactly 0, so those are not computed."""
 
-    layers: tuple[int, ...] = ()
-    layers_learn = False
     branching_only = True
     valid_only = True
     floats = 4
 
     def __init__(self, temperature: float):
+        super().__init__()
         self.temperature = temperature
-        self.state: dict[str, Any] = {}
 
     def losses(self, predictions: Predictions) -> dict[str, Tensor]:
         return {"loss": losses.masked_softmax(predictions.logits, predictions.target, self.temperature)}
-
-    def advance(self, sums: Mapping[str, float], counted: int) -> dict[str, float]:
-        return _means(sums, counted)
 
 
 class AdaptiveMSL:
@@ -238,10 +263,42 @@ def build_objective(config: ObjectiveConfig, num_layers: int, trie: RadixTrie) -
     """The objective for a backbone with `num_layers` decoder layers and a catalogue.
 
     Raises:
-        UserError: it asks for layers that the backbone does not have.
+        UserError: it asks for layers that the backbone does not have, or is the user's and cannot be made.
     """
     if isinstance(config, LMLConfig):
         return LML()
     if isinstance(config, MSLConfig):
         return AdaptiveMSL(trie) if config.temperature == "adaptive" else MSL(config.temperature)
+    if isinstance(config, CustomConfig):
+        return made(config, TokenObjective, "objective")
     return ILRec(config, num_layers)
+
+
+def check_custom(config: CustomConfig, num_layers: int) -> None:
+    """Make an objective of the user's, and try it on logits drawn at random.
+
+    Raises:
+        UserError: it cannot be imported or made, asks for layers that the backbone does not have, or its losses are not
+            what a training step needs.
+    """
+    objective, name = made(config, TokenObjective, "objective"), f"objective: {config.path}"
+    if not all(isinstance(layer, int) and 1 <= layer < num_layers for layer in objective.layers):
+        raise UserError(f"{name}: its layers {objective.layers} are not all intermediate ones, 1 … {num_layers - 1}")
+    generator = torch.Generator().manual_seed(0)
+    first, *others = (torch.randn(3, 5, generator=generator).requires_grad_() for _ in range(1 + len(objective.layers)))
+    target, valid = torch.tensor([0, 3, 4]), torch.ones(3, 5, dtype=torch.bool) if objective.valid_only else None
+    try:
+        found = objective.losses(Predictions(first, others, target, torch.zeros(3, dtype=torch.int64), valid))
+        shapes = {key: tuple(value.shape) for key, value in found.items()}
+        reported = objective.advance({key: float(value.detach().sum()) for key, value in found.items()}, 3)
+        json.dumps(objective.state)
+    except Exception as error:  # of the user's code
+        raise UserError(f"{name} failed on 3 positions of 5 tokens: {type(error).__name__}: {error}") from error
+    if "loss" not in found or "loss" not in reported:
+        raise UserError(f'{name}: neither losses nor advance may leave out "loss" (there are {", ".join(found)})')
+    if wrong := [key for key, shape in shapes.items() if shape != (3,)]:
+        raise UserError(
+            f"{name}: losses gave {wrong[0]!r} of shape {shapes[wrong[0]]} for 3 positions; give one value each"
+        )
+    if not (found["loss"].requires_grad and found["loss"].isfinite().all()):
+        raise UserError(f"{name}: its loss has no gradient, or is not finite, where logits are ordinary numbers")

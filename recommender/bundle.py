@@ -67,6 +67,7 @@ class Manifest(BaseModel):
         backbone: what was trained (the experiment's `backbone` section).
         base: sha256 of the weights that an adapter belongs to, by file name, where its base is a bundle.
         objective: what it was trained with.
+        prompt: the words around a history (the experiment's `prompt` section); for people, `items.json` has it too.
         data_fingerprint: of the prepared dataset.
         metrics: of the selection (validation), by name.
         golden: a request and its answer, for a self-check; None in bundles from before it existed.
@@ -87,6 +88,7 @@ class Manifest(BaseModel):
     backbone: dict[str, Any] = {}
     base: dict[str, str] = {}
     objective: dict[str, Any] = {}
+    prompt: dict[str, Any] = {}
     data_fingerprint: str = ""
     metrics: dict[str, float] = {}
     golden: Golden | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -12,6 +12,19 @@ class StrictModel(BaseModel):
     """Base of every config: unknown keys are refused by name, values cannot change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class CustomClass(StrictModel):
+    """A class of your own, by import path; see `recommender/custom.py`."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    path: str = Field(
+        alias="class",
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$",
+        description="Where it is: module:Class, as in my.losses:Focal. The module is imported.",
+    )
+    options: dict[str, Any] = Field({}, description="Keyword arguments that it is made with.")
 
 
 class IdentifierConfig(StrictModel):
@@ -57,8 +70,10 @@ TEMPLATES = {
 class PromptConfig(StrictModel):
     """The text around a history. Each piece is tokenised by itself, so that no token crosses an item's border."""
 
-    template: Literal["compact", "products", "books", "movies", "music", "games"] = Field(
-        "compact", description="A ready prompt for a domain; 'compact' (no words) for presets trained from scratch."
+    template: Literal["compact", "products", "books", "movies", "music", "games"] | CustomClass = Field(
+        "compact",
+        description="A ready prompt for a domain; 'compact' (no words) for presets trained from scratch. Or a Wording "
+        "of your own: {class: my.prompts:Mine, options: {…}}.",
     )
     prefix: str | None = Field(None, description="In place of the template's: opens the prompt, the instruction.")
     separator: str | None = Field(None, description="In place of the template's: precedes each item of the history.")
@@ -68,10 +83,10 @@ class PromptConfig(StrictModel):
     )
     history: int = Field(20, ge=1, description="The most recent items of a history that enter the prompt.")
 
-    def texts(self) -> PromptTemplate:
-        """The template, with what is given in its place."""
+    def texts(self, template: PromptTemplate) -> PromptTemplate:
+        """A template, with what is given in its place."""
         given = {name: value for name in PromptTemplate._fields if (value := getattr(self, name)) is not None}
-        return TEMPLATES[self.template]._replace(**given)
+        return template._replace(**given)
 
 
 class LoraConfig(StrictModel):

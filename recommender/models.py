@@ -52,6 +52,11 @@ class Version:
         return self.directory / "bundle"
 
     @property
+    def manifest(self) -> Manifest:
+        """Of the bundle: metrics, when it was exported, what it was trained with."""
+        return peek_manifest(self.bundle)
+
+    @property
     def is_complete(self) -> bool:
         """Whether there is a bundle."""
         return (self.bundle / MANIFEST).exists()

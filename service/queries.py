@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from recommender.catalogue.catalogue import Catalogue
-from recommender.catalogue.columns import Column
+from recommender.catalogue.columns import column_named, items_where
 from recommender.config import Score, SearchConfig
+from recommender.errors import UserError
 from service import schema
 from service.schema import FieldError
 from service.served import Served
 
-_FEW = 20  # columns that an error lists
 _HINTS = 20  # unknown items for which similar titles are looked up
 
 
@@ -82,7 +82,7 @@ class Resolver:
         if asked.exclude_seen:
             exclude = history + exclude
         for column in asked.max_per:
-            self._column("max_per", column)
+            self._has_column("max_per", column)
         return Query(
             history,
             asked.k,
@@ -132,25 +132,18 @@ class Resolver:
                 found.append(index)
         return found
 
-    def _column(self, field: str, name: str) -> Column | None:
-        columns = self.served.columns
-        if name not in columns:
-            known = ", ".join(sorted(columns)[:_FEW]) or "none"
-            self._wrong(f"{field}.{name[:80]}", f"unknown column; columns of the catalogue to filter by: {known}")
-        return columns.get(name)
+    def _has_column(self, field: str, name: str) -> bool:
+        try:
+            column_named(self.served.columns, name)
+        except UserError as error:
+            self._wrong(f"{field}.{name[:80]}", str(error))
+            return False
+        return True
 
     def _where(self, where: dict[str, list[schema.Value]], allow: list[int] | None) -> np.ndarray | None:
         """int64, the items that have one of the values in every column and are among `allow`; None: all may be."""
-        if not where:
-            return None if allow is None else np.array(allow, np.int64)
-        mask = np.ones(len(self.served.catalogue), bool)
-        for name, values in where.items():
-            if (column := self._column("where", name)) is not None:
-                having = np.zeros_like(mask)
-                for value in values:
-                    having[column.items_with(value)] = True
-                mask &= having
-        return np.flatnonzero(mask) if allow is None else np.array([item for item in allow if mask[item]], np.int64)
+        known = {name: values for name, values in where.items() if self._has_column("where", name)}
+        return items_where(self.served.columns, known, allow, len(self.served.catalogue))
 
     def _search(self, asked: schema.SearchRequest | None) -> SearchConfig | None:
         if asked is None:

@@ -17,7 +17,7 @@ import jsonschema
 import pytest
 import yaml
 
-from ilrec import _listed
+from deploy.commands.models import listed as parted
 from recommender.errors import UserError
 from recommender.models import Model
 from recommender.recommender import Recommender
@@ -282,10 +282,10 @@ def test_recommend_prints_k_lines(tiny_bundle: Path, recommender: Recommender) -
 
 def test_a_history_may_be_a_json_list() -> None:
     titles = ["Tent; two persons", "[Import] stove"]
-    assert _listed(json.dumps(titles)) == titles
-    assert _listed("[Import] stove; 12") == ["[Import] stove", "12"]
-    assert _listed("12") == ["12"]
-    assert _listed("[]") == _listed(" ; ") == []
+    assert parted(json.dumps(titles)) == titles
+    assert parted("[Import] stove; 12") == ["[Import] stove", "12"]
+    assert parted("12") == ["12"]
+    assert parted("[]") == parted(" ; ") == []
 
 
 def test_recommend_says_what_is_left(tiny_bundle: Path) -> None:

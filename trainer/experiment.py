@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -17,6 +18,7 @@ from recommender.collaborative.config import SASRecConfig
 from recommender.config import (
     PRESETS,
     BackboneConfig,
+    CustomClass,
     IdentifierConfig,
     PresetBackbone,
     PromptConfig,
@@ -136,6 +138,12 @@ class Experiment(StrictModel):
         return self.model_copy(update=found)
 
 
+def custom_classes(experiment: Experiment) -> list[tuple[str, CustomClass]]:
+    """The classes of the user's that an experiment names, with their fields."""
+    named = [("objective", experiment.objective), ("prompt.template", experiment.prompt.template)]
+    return [(field, each) for field, each in named if isinstance(each, CustomClass)]
+
+
 def _bundle(field: str, reference: str, storage: Path) -> Path:
     try:
         return find_bundle(reference, storage)
@@ -143,23 +151,40 @@ def _bundle(field: str, reference: str, storage: Path) -> Path:
         raise UserError(f"{field}: {error}") from None
 
 
-def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read an experiment and validate it.
+Overrides = Mapping[str, Any] | Sequence[str]  # {"training.epochs": 3} or ["training.epochs=3"]
+
+
+def load_experiment(source: str | Path | Mapping[str, Any], overrides: Overrides = ()) -> Experiment:
+    """Read an experiment, from a file or from what such a file holds, and validate it.
 
     Raises:
         UserError: names the file, the field and the remedy.
     """
-    return _validated(Experiment, read_values(path, overrides), str(path))
+    name = "experiment" if isinstance(source, Mapping) else str(source)
+    return _validated(Experiment, read_values(source, overrides), name)
 
 
-def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """An experiment as its file gives it, not validated: `${VAR}` and `${VAR:-default}` are expanded, overrides
-    `section.field=value` applied.
+def read_values(source: str | Path | Mapping[str, Any], overrides: Overrides = ()) -> dict[str, Any]:
+    """An experiment as its file gives it, not validated: `${VAR}` and `${VAR:-default}` expanded, overrides applied.
 
     Raises:
         UserError: the file, a variable or an override cannot be read.
     """
-    source = Path(path)
+    if isinstance(source, Mapping):
+        values, source = deepcopy(dict(source)), Path("experiment")
+    else:
+        source = Path(source)
+        values = _read(source)
+    if isinstance(overrides, Mapping):
+        for path, value in overrides.items():
+            _put(values, path.split("."), value)
+    else:
+        for override in overrides:
+            _override(values, override)
+    return {key: _expanded(value, source) for key, value in values.items()}
+
+
+def _read(source: Path) -> dict[str, Any]:
     try:
         text = source.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -172,9 +197,7 @@ def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
         raise UserError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{source}: holds no experiment; it should open with `name: …`")
-    for override in overrides:
-        _override(values, override)
-    return {key: _expanded(value, source) for key, value in values.items()}
+    return values
 
 
 def with_fields(experiment: Experiment, fields: Mapping[str, Any]) -> Experiment:
@@ -213,10 +236,17 @@ def _validated(model: type[Config], values: dict[str, Any], source: str) -> Conf
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        lines = "\n".join(_explain(item, model) for item in error.errors())
+        lines = "\n".join(_explain(item, model) for item in error.errors() if not _is_of_another_kind(item))
         raise UserError(f"{source}:\n{lines}") from None
     except UserError as error:  # of a validator
         raise UserError(f"{source}: {error}") from None
+
+
+def _is_of_another_kind(error: Any) -> bool:
+    """Where a word or a section may stand, pydantic also says why what is given is not the other one."""
+    if error["type"] == "literal_error":
+        return isinstance(error["input"], dict)
+    return error["type"] == "model_type" and CustomClass.__name__ in error["loc"]
 
 
 def _expanded(value: Any, source: Path) -> Any:
@@ -259,7 +289,8 @@ def _put(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 
 def _explain(error: Any, model: type[BaseModel]) -> str:
     """One line for a validation error: the field, what is wrong and, for a misspelt key, what may have been meant."""
-    path = [part for part in map(str, error["loc"]) if "[" not in part and not part.startswith("constrained-")]
+    parts = [part for part in map(str, error["loc"]) if "[" not in part and not part.startswith("constrained-")]
+    path = [part for part in parts if part != CustomClass.__name__]
     field = ".".join(path)
     if error["type"] == "union_tag_not_found":
         tag = error["ctx"]["discriminator"].strip("'")
@@ -269,7 +300,8 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
         return (
             f"  {field or 'experiment'}: {error['msg'].removeprefix('Value error, ')} (given: {_shown(error['input'])})"
         )
-    known = [name for member in _models_at(model, path[:-1]) for name in member.model_fields]
+    fields = [field for member in _models_at(model, path[:-1]) for field in member.model_fields.items()]
+    known = [field.alias or name for name, field in fields]
     close = difflib.get_close_matches(path[-1], known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(sorted(known))}"
     return f"  {field}: unknown field; {hint}"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from objectives.config import ILRecConfig, needs_rewards
-from objectives.objective import build_objective
+from objectives.config import CustomConfig, ILRecConfig, needs_rewards
+from objectives.objective import build_objective, check_custom
 from recommender.backbone.backbone import count_layers
 from recommender.bundle import Manifest, read_manifest
-from recommender.config import PRESETS, PresetBackbone
+from recommender.config import PRESETS, CustomClass, PresetBackbone
+from recommender.custom import made
 from recommender.errors import UserError
 from recommender.files import write_json
 from recommender.floors.config import ItemKNNConfig, TfidfConfig
 from recommender.items.item_space import ItemSpace
+from recommender.items.prompt import Wording
 from recommender.models import Version
 from recommender.recommender import Recommender, language_model_manifest
 from trainer.cluster import check_address, check_resources, connect
@@ -88,7 +90,7 @@ def _fit_language_model(
 
 def check_model(experiment: Experiment) -> None:
     """Refuse what can be seen without data: a Ray that cannot be used, layers that the backbone does not have, bundles
-    that are none, packages that are missing.
+    that are none, packages that are missing, classes of the user's that cannot be imported or do not work.
 
     Raises:
         UserError: says which.
@@ -100,6 +102,10 @@ def check_model(experiment: Experiment) -> None:
     objective, collaborative = experiment.objective, experiment.collaborative
     if experiment.init_from is not None:
         language_model_manifest(Path(experiment.init_from))
+    if isinstance(experiment.prompt.template, CustomClass):
+        made(experiment.prompt.template, Wording, "prompt.template")
+    if isinstance(objective, CustomConfig):
+        check_custom(objective, backbone_layers(experiment))
     if isinstance(objective, ILRecConfig):
         objective.intermediate_layers(backbone_layers(experiment))
     if needs_rewards(objective) and isinstance(collaborative, CollaborativeBundle):
@@ -134,6 +140,7 @@ def export(experiment: Experiment, version: Version, prepared: Prepared, trained
         temperature=objective.temperature,
         backbone=experiment.backbone.model_dump(mode="json"),
         objective=experiment.objective.model_dump(mode="json"),
+        prompt=experiment.prompt.model_dump(mode="json"),
         data_fingerprint=dataset.fingerprint,
         metrics=trained.selection,
     )

@@ -101,6 +101,7 @@ def _rows(
     for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] != _tag(model)):
         value = field.get_default(call_default_factory=True) if default is None else getattr(default, name)
         written = "required" if value is PydanticUndefined and name != _tag(model) else f"`{_default(field, value)}`"
+        name = field.alias or name
         kind = _type(schema["properties"][name], schema)
         if not deep and kind.startswith("section"):
             kind = kind.replace("section", f"[section](#{name})", 1)
@@ -176,7 +177,8 @@ def _alternatives(schema: dict[str, Any], root: dict[str, Any]) -> list[str]:
     if schema.get("type") == "array":
         return [f"list of {_type(schema['items'], root)}"]
     if "additionalProperties" in schema:
-        return [f"map from text to {_type(schema['additionalProperties'], root)}"]
+        values = schema["additionalProperties"]  # True: of any kind
+        return [f"map from text to {_type({} if values is True else values, root)}"]
     signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {schema[bound]:.15g}" for bound, sign in signs.items() if bound in schema]
     words = {"string": "text", "boolean": "true or false", "null": "`null`"}

@@ -24,12 +24,13 @@ import yaml
 
 from objectives.config import needs_rewards
 from recommender.bundle import peek_manifest
+from recommender.custom import source_of
 from recommender.errors import UserError
-from recommender.files import read_json, write_json, write_text
+from recommender.files import read_json, sha256, write_json, write_text
 from recommender.lock import LOCK, in_use, locked
 from recommender.models import Model, Version, find_bundle
 from trainer.config import CollaborativeBundle, LanguageModelConfig, RewardConfig
-from trainer.experiment import Experiment, load_experiment
+from trainer.experiment import Experiment, Overrides, custom_classes, load_experiment
 from trainer.parts import Prepared, Say
 from trainer.sweep_config import SweepConfig
 
@@ -186,32 +187,29 @@ def fields_of(version: Version) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) and fields else None
 
 
-def experiment_of(bundle: Path, overrides: Sequence[str] = ()) -> Experiment:
+def experiment_of(bundle: Path, overrides: Overrides = ()) -> Experiment:
     """The experiment that a version was trained as, or the one that it was made from was.
 
     Args:
         bundle: of a version.
-        overrides: as `--set` takes them.
+        overrides: as `load_experiment` takes them.
 
     Raises:
         UserError: it is not known, as of a bundle that was copied out of its storage.
     """
-    directory = bundle.parent
-    while not (directory / CONFIG).exists():
-        made_from = str((read_json(directory / RECORD) or {}).get("made_from", ""))
-        if not made_from:
-            raise UserError(
-                f"{bundle}: nothing beside it tells which data it is of; give the experiment as well: "
-                "ilrec evaluate my.yaml --model …"
-            )
-        directory = find_bundle(made_from, directory.parents[1]).parent
+    directory = _trained(bundle)
+    if directory is None:
+        raise UserError(
+            f"{bundle}: nothing beside it tells which data it is of; give the experiment as well: "
+            "ilrec evaluate my.yaml --model …"
+        )
     experiment = load_experiment(directory / CONFIG, overrides)
     here = experiment.cluster.model_copy(update={"storage": str(directory.absolute().parents[1])})  # it may have moved
     return experiment.model_copy(update={"cluster": here})
 
 
 def prepared_of(bundle: Path) -> Prepared:
-    """The parts that a version was trained on.
+    """The parts that a version was trained on, or the one that it was made from was.
 
     Args:
         bundle: of the version.
@@ -219,12 +217,24 @@ def prepared_of(bundle: Path) -> Prepared:
     Raises:
         UserError: they are not known, or not there any more.
     """
-    recorded = read_json(bundle.parent / RECORD) or {}
-    for place in bundle.absolute().parents:
+    directory = _trained(bundle) or bundle.parent
+    recorded = read_json(directory / RECORD) or {}
+    for place in directory.absolute().parents:
         found = {Path(part).parts[-2]: place / part for part in recorded.get("parts", [])}
         if "datasets" in found and found["datasets"].is_dir():
             return Prepared(found["datasets"], found.get("items"), found.get("worlds"))
     raise UserError(f"{bundle}: the data that it was trained on are not known here; prepare and train it again")
+
+
+def _trained(bundle: Path) -> Path | None:
+    """The directory of the version that was trained, of which others may have been made; None where it is not known."""
+    directory = bundle.parent
+    while not (directory / CONFIG).exists():
+        made_from = str((read_json(directory / RECORD) or {}).get("made_from", ""))
+        if not made_from:
+            return None
+        directory = find_bundle(made_from, directory.parents[1]).parent
+    return directory
 
 
 def identity(experiment: Experiment, data_fingerprint: str, sweep: SweepConfig | None = None) -> dict[str, Any]:
@@ -238,6 +248,8 @@ def identity(experiment: Experiment, data_fingerprint: str, sweep: SweepConfig |
     sections = set(_LANGUAGE_MODEL if language_model else _SHARED)
     if language_model and needs_rewards(experiment.objective):
         flat["rewards"] = _rewards(experiment.collaborative)
+    if language_model:
+        flat |= {f"{field}.code": sha256(source_of(each, field)) for field, each in custom_classes(experiment)}
     dumped = experiment.model_dump(mode="json", include=sections)
     if experiment.init_from is not None and language_model:
         dumped["init_from"] = peek_manifest(Path(experiment.init_from)).checksum

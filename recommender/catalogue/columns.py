@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recommender.catalogue.catalogue import Catalogue
+from recommender.errors import UserError
+
+_FEW = 20  # columns that an error lists
 
 Value = str | int | float | bool
 
@@ -52,6 +55,42 @@ def _key(value: Value) -> tuple[bool, Value]:
 def columns_of(catalogue: Catalogue) -> dict[str, Column]:
     """The columns that can be filtered by: text, numbers, truth values, dates (as text), and lists of these."""
     return dict(_columns(catalogue)) if catalogue.columns is not None else {}
+
+
+def column_named(columns: Mapping[str, Column], name: str) -> Column:
+    """The column of this name.
+
+    Raises:
+        UserError: there is none; says which there are.
+    """
+    if name not in columns:
+        known = ", ".join(sorted(columns)[:_FEW]) or "none"
+        raise UserError(f"unknown column; columns of the catalogue to filter by: {known}")
+    return columns[name]
+
+
+def items_where(
+    columns: Mapping[str, Column], where: Mapping[str, Sequence[Value]], allow: Sequence[int] | None, items: int
+) -> np.ndarray | None:
+    """What a filter leaves: the items that have one of the given values in every column and are among `allow`.
+
+    Args:
+        where: values by the name of their column, each one of `columns`.
+        allow: item indices; None: all.
+        items: how many the catalogue has.
+
+    Returns:
+        int64, item indices; None where all may be recommended.
+    """
+    if not where:
+        return None if allow is None else np.array(allow, np.int64)
+    mask = np.ones(items, bool)
+    for name, values in where.items():
+        having = np.zeros_like(mask)
+        for value in values:
+            having[columns[name].items_with(value)] = True
+        mask &= having
+    return np.flatnonzero(mask) if allow is None else np.array([item for item in allow if mask[item]], np.int64)
 
 
 def values_of(catalogue: Catalogue, item: int) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class ItemSpace:
         self.identifiers = identifiers
         self.trie = trie
         self.identifier_config = identifier_config
-        self.prompt = Prompt(prompt_config, tokenizer, identifiers)
+        self.prompt = Prompt(prompt_config, tokenizer, identifiers, catalogue)
 
     @classmethod
     def build(

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field
 from typer.testing import CliRunner
 
-from ilrec import app
+from deploy.commands.command_line import app
 from recommender.config import StrictModel
 from trainer.experiment import Experiment
 from trainer.reference import Section, markdown, sections

@@ -102,7 +102,7 @@ class TrainingRows:
         self.counted = np.add.reduceat((predictions if branching_only else np.diff(offsets))[self.targets], first)
 
         title = np.diff(offsets) - 1  # the end token is predicted, but not laid out
-        before = np.concatenate([[0], np.cumsum(len(prompt.separator) + title[self._items])])
+        before = np.concatenate([[0], np.cumsum(prompt.piece_lengths[self._items])])
         history = len(prompt.prefix) + before[end] - before[begin]
         branch = len(prompt.suffix) + title[self.targets]
         self.sample_lengths = history + branch

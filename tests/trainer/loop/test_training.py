@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from objectives.config import ILRecConfig, MSLConfig
+from objectives.config import CustomConfig, ILRecConfig, MSLConfig
 from recommender import golden
 from recommender.bundle import read_manifest
 from recommender.config import LoraConfig
@@ -42,6 +42,7 @@ from trainer.world.simulator import simulate
 
 STEPS = 18  # three epochs of six
 MID_EPOCH = 4
+FOCAL = CustomConfig.model_validate({"class": "tests.custom_classes:Focal", "options": {"gamma": 0.0}})
 
 
 def changed(experiment: Experiment, **sections: Any) -> Experiment:
@@ -278,6 +279,7 @@ def cases(
         "more": case("more", changed(more, training={"epochs": 1}), grown),
         "scratch": case("scratch", changed(more, init_from=None, training={"epochs": 1}), grown),
         "lora": case("lora", lora),
+        "focal": case("focal", changed(experiment, objective=FOCAL, training={"epochs": 1})),
         "zero 3": case("zero3", changed(experiment, training={"zero_stage": 3})),
         "lora, zero 3": case("lora3", changed(lora, training={"zero_stage": 3})),
     }
@@ -419,6 +421,14 @@ def test_ranks_are_those_of_brute_force(
     for at in found:
         expected = force.rank(split.histories[at], split.targets[at], set(split.histories[at].tolist()))
         assert ranks[at] == (expected if expected <= 20 else 0)
+
+
+def test_an_objective_of_the_users_trains(cases: dict[str, Any]) -> None:
+    """At γ = 0 the focal loss is masked softmax."""
+    focal = cases["focal"]
+    assert focal["error"] is None
+    assert focal["losses"][0] == pytest.approx(cases["zero 3"]["losses"][0], rel=1e-4)
+    assert focal["losses"][-1] < focal["losses"][0]
 
 
 def test_early_stopping_stops(cases: dict[str, Any]) -> None:
