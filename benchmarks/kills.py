@@ -59,7 +59,8 @@ class Command:
         arguments: of `ilrec`; {storage} and {here} stand for the storage and for the directory around it.
         setup: makes the storage; called once.
         changes: beginnings of the paths below the storage that the command is told to change or remove.
-        again: whether it may be called again when it was done already; a second `rollback` goes further back.
+        again: whether it may be called again when it was done already; a second `rollback` goes further back, a second
+            `extend` or `export` makes a further version.
         ray: whether it needs a cluster.
     """
 
@@ -339,8 +340,8 @@ class Commands:
         here = ("--storage", "{storage}")
         return [
             Command("prepare", ("prepare", self._config("prepare")), self._other_data),
-            Command("extend", ("extend", "shop", "{here}/items.csv", *here), self._shop),
-            Command("export", ("export", "adapter", "--merge", *here), self._shop),
+            Command("extend", ("extend", "shop", "{here}/items.csv", *here), self._shop, again=False),
+            Command("export", ("export", "adapter", "--merge", *here), self._shop, again=False),
             Command("promote", ("models", "promote", "shop@2", *here), self._shop, ("shop/model.json",)),
             Command(
                 "rollback", ("models", "rollback", "shop", *here), self._promoted, ("shop/model.json",), again=False

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-POINTS = 3
+POINTS = 2
 
 
 @pytest.fixture(scope="module")
