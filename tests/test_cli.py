@@ -157,7 +157,7 @@ def test_a_missing_file_is_named() -> None:
 
 
 def test_a_directory_is_no_config(tmp_path: Path) -> None:
-    assert f"error: {tmp_path}: cannot be read" in ilrec("train", str(tmp_path), status=2)
+    assert f"error: {tmp_path}: no bundle (no recommender.json)" in ilrec("train", str(tmp_path), status=2)
 
 
 def test_missing_data_are_named(config: Path, tmp_path: Path) -> None:
