@@ -425,7 +425,7 @@ def check(case: Case, result: dict[str, Any], workers: int) -> None:
     assert result["sums"] < 5e-5  # the divergences are small differences
     assert result["gradients"] < 1e-5
     assert result["update"] < 5e-4  # AdamW divides gradients by their size, and rounding errors with them
-    assert result["weights"] < 2e-5
+    assert result["weights"] < 3e-5  # after two steps of up to 1e-3; rounding differs between processors
     assert result["ranks agree"]
     assert result["temperature"] < 1e-6
     assert result["smallest norm"] > CLIPPING, "clipping matters"
