@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -284,6 +285,8 @@ def test_another_config_is_another_version(undisturbed: Experiment, tiny_prepare
     assert said[-1] == "undisturbed@3 was begun before and goes on"
     assert undisturbed.model.promoted == undisturbed.model.versions[0]
     train(training(undisturbed, WHOLE.model_copy(update={"patience": 9})), tiny_prepared, quiet)  # may change
+    for begun in undisturbed.model.versions[1:]:  # other tests look at the latest
+        shutil.rmtree(begun.directory)
 
 
 def test_bundles_that_cannot_help_are_refused(
