@@ -228,7 +228,7 @@ def test_only_the_first_offending_rows_are_shown(tmp_path: Path, good: dict[str,
 
 # -- Files that cannot be used: both modes stop -----------------------------------------------------------------------
 
-GZ = gzip.compress((I_HEAD + GOOD_ROWS * 100).encode())
+GZ = gzip.compress((I_HEAD + GOOD_ROWS * 100).encode(), mtime=0)
 BAD_FILES = [
     ("absent.csv", None, "no such file"),
     ("a.xlsx", b"x", "unknown extension"),
