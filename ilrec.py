@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from recommender.errors import UserError
-from recommender.models import Model, Version, default_storage, find_bundle, find_models
+from recommender.models import Model, Version, default_storage, find_bundle, find_models, find_version
 from trainer.experiment import Experiment as Config
 from trainer.experiment import load_experiment
 from trainer.parts import Prepared, Say
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from recommender.bundle import Manifest
     from recommender.catalogue.catalogue import Catalogue
     from recommender.catalogue.columns import Column, Value
+    from recommender.config import SearchConfig
     from recommender.recommendation import AnyRecommender
     from trainer.data.dataset import Dataset
     from trainer.evaluation.evaluation import Report
@@ -112,12 +113,13 @@ def experiment(
         return Experiment(load_experiment(what, set), say)
     from trainer.run import experiment_of, prepared_of
 
-    bundle = find_bundle(what, _path(storage))
+    found = find_version(what, _path(storage))
+    bundle = found.bundle if isinstance(found, Version) else found
     try:
         data = None if set else prepared_of(bundle)
     except UserError:  # pruned, or of an earlier release: made again
         data = None
-    return Experiment(experiment_of(bundle, set), say, str(bundle), data)
+    return Experiment(experiment_of(bundle, set), say, str(found), data)
 
 
 def histories(source: Prepared | Experiment | str | Path, storage: str | Path | None = None) -> Histories:
@@ -227,6 +229,7 @@ class Recommender:
         exclude_seen: bool = True,
         allow: Sequence[str] | None = None,
         deny: Sequence[str] = (),
+        boost: Mapping[str, float] | None = None,
     ) -> Recommendations:
         """The top-K for one history.
 
@@ -238,11 +241,12 @@ class Recommender:
             exclude_seen: never list items of the history.
             allow: the only items that may be listed.
             deny: items that may not be.
+            boost: other weights of the model's priors, by their names.
 
         Raises:
-            UserError: an item or a column is unknown; says what may have been meant.
+            UserError: an item, a column or a prior is unknown; says what may have been meant.
         """
-        return self.recommend_batch([history], k, where, max_per, exclude_seen, allow, deny)[0]
+        return self.recommend_batch([history], k, where, max_per, exclude_seen, allow, deny, boost)[0]
 
     def recommend_batch(
         self,
@@ -253,6 +257,7 @@ class Recommender:
         exclude_seen: bool = True,
         allow: Sequence[str] | None = None,
         deny: Sequence[str] = (),
+        boost: Mapping[str, float] | None = None,
     ) -> list[Recommendations]:
         """The top-K for each of several histories, searched together. Arguments and errors as of `recommend`."""
         from recommender.capped import fill, search_together
@@ -267,7 +272,8 @@ class Recommender:
         self._check_columns("max_per", max_per or {})
         if few := [name for name, cap in (max_per or {}).items() if cap < 1]:
             raise UserError(f"max_per.{few[0]}: give 1 or more")
-        lists = [self._list(items, k, values, max_per or {}, exclude_seen, allowed, denied) for items in seen]
+        search = self.manifest.search.boosted(boost) if boost else None
+        lists = [self._list(items, k, values, max_per or {}, exclude_seen, allowed, denied, search) for items in seen]
         fill(lists, lambda unfinished: search_together(self._opened, unfinished))
         answers = [each.answer() for each in lists]
         return [
@@ -316,6 +322,7 @@ class Recommender:
         exclude_seen: bool,
         allow: list[int] | None,
         deny: list[int],
+        search: SearchConfig | None,
     ) -> Any:
         import numpy as np
 
@@ -325,7 +332,7 @@ class Recommender:
         columns = self.columns if where or max_per else {}
         exclude = np.array([*(items if exclude_seen else ()), *deny], np.int64)
         allowed = items_where(columns, where, allow, len(self.catalogue))
-        return CappedList(items, k, exclude, allowed, max_per, columns, self.manifest.search)
+        return CappedList(items, k, exclude, allowed, max_per, columns, self.manifest.search, search)
 
     def _indices(self, texts: Sequence[str], field: str) -> list[int]:
         if isinstance(texts, str):
@@ -451,7 +458,7 @@ class Experiment:
     Attributes:
         config: as the file gives it, checked.
         say: takes each line of progress.
-        trained: the bundle of the model that it was asked for by, if it was.
+        trained: the model that it was asked for by, if it was: name@version, or a bundle's path.
         data: what that was trained on, where nothing was set in place of its fields.
     """
 
@@ -527,6 +534,39 @@ class Experiment:
         self.say(f"bundle: {version.bundle}\nreport: {run}/tune/report.html, trials.json\nsettings: {run}/best.yaml")
         self._conclude(version, promote)
         return Sweep(version, cast("list[dict[str, Any]]", read_json(run / SWEEP / "trials.json")))
+
+    def blend(self, model: str | Path | None = None, add: Sequence[str] = (), promote: bool = False) -> Version:
+        """Add priors to the score of a model: item-to-item counts, the cosine of titles, popularity and others.
+
+        Their weights are found on validation targets; what does nothing gets none. The version that it is made from is
+        kept as it is.
+
+        Args:
+            model: as of `evaluate`; a language model or a collaborative one.
+            add: further models (collaborative, itemknn, tfidf) of the same data: names, name@version or paths.
+            promote: let the name stand for the new version.
+
+        Raises:
+            UserError: nothing is trained yet, or a prior cannot be had.
+        """
+        experiment = self.config if self.data else self.config.located()
+        reference = str(model or self.trained or self.model.version("latest"))
+        from trainer.blended import blend, lines_of, write_blending
+        from trainer.derived import derived
+        from trainer.prepare import prepare
+
+        prepared = self.data or prepare(experiment, self.say)
+        found = []
+
+        def make(source: Path, target: Path, **of: Any) -> None:
+            found.append(blend(experiment, source, prepared, add, target, self.say, **of))
+
+        version = derived(reference, experiment.storage, None, "blend", make)
+        assert version is not None  # it goes to no path of its own
+        page = write_blending(found[0], version.directory, str(version))
+        self.say("\n".join([*lines_of(found[0]), f"report: {page}"]))
+        self._conclude(version, promote)
+        return version
 
     def evaluate(
         self, model: str | Path | None = None, split: str = "test", against: str | Path | None = None

@@ -145,7 +145,7 @@ def scored_top(backbone: Backbone, trie: RadixTrie, config: SearchConfig, prompt
     kept = Prefixes(backbone, np.empty(0, np.int32), max_bytes=2**40)
     scorer, scores = CandidateScorer(TreeSearch(backbone, trie, config, kept), trie), np.empty(len(trie), np.float32)
     for items in np.array_split(trie.item_of_leaf, -(-len(trie) // _SCORED_AT_ONCE)):  # neighbours share tokens
-        scores[items] = scorer.score(prompt, items.tolist(), config.score)
+        scores[items] = scorer.score(prompt, items.tolist(), config.score or "valid")
     return np.argsort(-scores, kind="stable")[:k].astype(np.int32)
 
 

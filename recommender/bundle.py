@@ -7,6 +7,7 @@
     catalogue.parquet, titles.marisa           the items and the index of their titles
     trie.safetensors, items.json               language models: spelled identifiers as a radix trie; identifier and
                                                prompt settings
+    priors/                                    of models whose search adds them: what they are computed from
     recommender.json                           the manifest: version, search, fingerprint, metrics, checksums
     README.md                                  for people; the one further file without a checksum, so edit it
 
@@ -24,7 +25,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from recommender.config import SearchConfig
+from recommender.config import Score, SearchConfig
 from recommender.errors import UserError
 from recommender.files import digest, new_directory, sha256
 
@@ -64,6 +65,7 @@ class Manifest(BaseModel):
             existed hold language models.
         search: how this model's top-K is found.
         temperature: what divided the logits in the distribution that was trained.
+        score: over what that distribution is normalised.
         backbone: what was trained (the experiment's `backbone` section).
         base: sha256 of the weights that an adapter belongs to, by file name, where its base is a bundle.
         objective: what it was trained with.
@@ -85,6 +87,7 @@ class Manifest(BaseModel):
     recommender: dict[str, Any] = {}
     search: SearchConfig = SearchConfig()
     temperature: float = 1.0
+    score: Score = "valid"
     backbone: dict[str, Any] = {}
     base: dict[str, str] = {}
     objective: dict[str, Any] = {}
@@ -98,6 +101,13 @@ class Manifest(BaseModel):
     def kind(self) -> str:
         """ "language_model", one of FLOORS, or a kind of collaborative model."""
         return str(self.recommender.get("kind", LANGUAGE_MODEL))
+
+    def searched(self, search: SearchConfig | None = None) -> SearchConfig:
+        """The settings of a search, or this model's own, with what they leave open as this model has it."""
+        search = search or self.search
+        own = {"score": search.score or self.score}
+        priors = self.search.priors if search.priors is None else search.priors
+        return search.model_copy(update={**own, "priors": priors})
 
     @property
     def checksum(self) -> str:
@@ -125,14 +135,17 @@ def write_bundle(directory: Path, manifest: Manifest, write_files: Callable[[Pat
         write_files(aside)
         (aside / CARD).unlink(missing_ok=True)  # peft brings one
         written = {
-            "checksums": {path.name: sha256(path) for path in sorted(aside.iterdir()) if path.is_file()},
+            "checksums": {
+                path.relative_to(aside).as_posix(): sha256(path) for path in sorted(aside.rglob("*")) if path.is_file()
+            },
             "exported_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         complete = manifest.model_copy(update=written)
         (aside / CARD).write_text(_card(complete))
         (aside / MANIFEST).write_text(complete.model_dump_json(indent=2))
-        for path in aside.iterdir():
-            path.chmod(0o644)  # safetensors writes files that only their owner may read
+        for path in aside.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes files that only their owner may read
 
 
 def check_free(directory: Path) -> None:

@@ -112,10 +112,12 @@ def fill(lists: Sequence[CappedList], find: Callable[[Sequence[CappedList]], lis
 def search_together(recommender: AnyRecommender, lists: Sequence[CappedList]) -> list[Recommendation]:
     """The next search of each list: together, as far as their limits are the same."""
     found: dict[int, Recommendation] = {}
-    groups: dict[SearchConfig | None, list[CappedList]] = {}
+    groups: dict[str, tuple[SearchConfig | None, list[CappedList]]] = {}
     for each in lists:
-        groups.setdefault(each.search, []).append(each)
-    for search, group in groups.items():
+        search = each.search
+        same = "" if search is None else search.model_dump_json()
+        groups.setdefault(same, (search, []))[1].append(each)
+    for search, group in groups.values():
         answers = recommender.recommend(
             [each.history for each in group],
             [each.wanted for each in group],

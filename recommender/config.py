@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from recommender.errors import UserError
 
 
 class StrictModel(BaseModel):
@@ -143,15 +146,86 @@ BackboneConfig = Annotated[PresetBackbone | PretrainedBackbone, Field(discrimina
 
 
 Score = Literal["valid", "full"]
+Weight = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Prior(StrictModel):
+    """A term of each item that is added to its score, times `weight`. The sign is free: a negative one takes away."""
+
+    weight: Weight = Field(1.0, description="What the term is multiplied by before it is added.")
+    limits: tuple[Weight, Weight] | None = Field(
+        None, description="Between what a request may set the weight (`boost`); null: requests cannot change it."
+    )
+
+    @field_validator("limits")
+    @classmethod
+    def _limits_rise(cls, limits: tuple[float, float] | None) -> tuple[float, float] | None:
+        if limits is not None and limits[0] > limits[1]:
+            raise ValueError("give the lower one first")
+        return limits
+
+
+class ModelPrior(_Prior):
+    """What another model says of the items for the same history: log R(· | history) of a collaborative model, counts of
+    an ItemKNN, the cosine of a TF-IDF.
+    """
+
+    kind: Literal["model"]
+    path: str = Field(description="The model: its name, name@version, or a bundle's path. Bundles take it in.")
+    transform: Literal["none", "log"] = Field(
+        "none", description="none: the score over `scale`; log: ln(score / scale + offset), for counts."
+    )
+    scale: float = Field(1.0, gt=0, allow_inf_nan=False, description="Divides the score.")
+    offset: float = Field(
+        0.1, gt=0, allow_inf_nan=False, description="log: what an item without a score counts as, so that it has one."
+    )
+
+
+class UnconditionalPrior(_Prior):
+    """log p(item | no history), of the model itself. With a negative weight what is left is how much the history speaks
+    for an item.
+    """
+
+    kind: Literal["unconditional"]
+
+
+class PopularityPrior(_Prior):
+    """ln(1 + interactions of the item in training). A negative weight takes popularity out of the lists."""
+
+    kind: Literal["popularity"]
+
+
+class NewPrior(_Prior):
+    """1 for items without an interaction in training, 0 for others."""
+
+    kind: Literal["new"]
+
+
+class ColumnPrior(_Prior):
+    """A column of the items file: numbers, truth values, or dates (days since 1970). Items without a value have the
+    mean of the others.
+    """
+
+    kind: Literal["column"]
+    column: str = Field(description="Its name.")
+    transform: Literal["none", "log", "standard"] = Field(
+        "standard", description="none: as it is; log: ln(1 + value), of values from 0 on; standard: mean 0, variance 1."
+    )
+
+
+PriorConfig = Annotated[
+    ModelPrior | UnconditionalPrior | PopularityPrior | NewPrior | ColumnPrior, Field(discriminator="kind")
+]
+PriorName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,39}$")]
 
 
 class SearchConfig(StrictModel):
     """How the top-K is found in the trie."""
 
-    score: Score = Field(
-        "valid",
+    score: Score | None = Field(
+        None,
         description="valid: each step normalised over the valid tokens; full: over the whole vocabulary, as "
-        "`generate` ranks.",
+        "`generate` ranks. null: the distribution that the objective trained.",
     )
     mode: Literal["exact", "beam"] = Field(
         "exact", description="exact: widen until the top-K is proven or the node budget is spent; beam: `width` only."
@@ -169,6 +243,24 @@ class SearchConfig(StrictModel):
         description="Divides the logits before the softmax; changes the order. null: the temperature that the model "
         "was trained at.",
     )
+    priors: dict[PriorName, PriorConfig] | None = Field(
+        None,
+        description="Terms that are added to an item's score, by a name of yours; `ilrec blend` finds their weights. "
+        "null: those that the model was exported with.",
+    )
+
+    def boosted(self, weights: Mapping[str, float]) -> SearchConfig:
+        """With other weights of some of its priors.
+
+        Raises:
+            UserError: there is no such prior.
+        """
+        priors = dict(self.priors or {})
+        for name, weight in weights.items():
+            if name not in priors:
+                raise UserError(f"boost.{name}: the model has no such prior; it has: {', '.join(priors) or 'none'}")
+            priors[name] = priors[name].model_copy(update={"weight": weight})
+        return self.model_copy(update={"priors": priors})
 
     def at_temperature(self, trained: float) -> SearchConfig:
         """These settings at the temperature `trained`, unless they name one of their own."""

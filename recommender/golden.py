@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from recommender.bundle import Golden
+from recommender.config import SearchConfig
 from recommender.errors import UserError
 from recommender.recommendation import AnyRecommender
 
@@ -26,6 +29,11 @@ def record(recommender: AnyRecommender) -> Golden:
     )
 
 
+def _scoring(search: SearchConfig) -> dict[str, Any]:
+    """What scores depend on."""
+    return search.model_dump(include={"score", "temperature", "priors"})
+
+
 def check(recommender: AnyRecommender) -> None:
     """Repeat the golden request: its items must score as they did and, under the same search, head the list again.
 
@@ -36,7 +44,7 @@ def check(recommender: AnyRecommender) -> None:
         UserError: the recommender does not answer as it did when it was exported.
     """
     golden, search = recommender.manifest.golden, recommender.manifest.search
-    if golden is None or (golden.search.score, golden.search.temperature) != (search.score, search.temperature):
+    if golden is None or _scoring(golden.search) != _scoring(search):
         recommender.recommend([[0]], 1)
         return
     answers = recommender.rank([golden.history], [golden.items])

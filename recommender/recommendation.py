@@ -11,9 +11,9 @@ import torch
 
 from recommender.bundle import Manifest
 from recommender.catalogue.catalogue import Catalogue
-from recommender.config import Score, SearchConfig
+from recommender.config import SearchConfig
 
-Spelling = list[tuple[str, float]]  # of an item: the text of each of its tokens, and its log-probability
+Spelling = list[tuple[str, float]]  # of an item: each of its tokens and its log-probability, then what priors add
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Recommendation:
 
     Attributes:
         items: item indices, best first; fewer than k when the filters leave fewer.
-        scores: of the items, in the same order: log-probabilities, or what an ItemKNN or TF-IDF gives.
+        scores: of the items, in the same order: log-probabilities, or what an ItemKNN or TF-IDF gives, and priors.
         exact: whether this is proven to be the true top-K of the allowed items.
         expansions: trie nodes that the search expanded; 0 for a model that scores every item.
         prompt_tokens: tokens of the prompt that was run; 0 for a model that reads none.
@@ -58,30 +58,33 @@ class AnyRecommender(Protocol):
             k: how many items, for all or for each.
             exclude: items that may not be recommended, for each history.
             allow: if not None, the only items that may be, for each history.
-            search: whose score, mode, width and node budget are kept in place of the recommender's own, where it
-                searches.
+            search: whose score, mode, width, node budget and priors are kept in place of the recommender's own, where
+                it has such.
         """
         ...
 
     def rank(
-        self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], score: Score | None = None
+        self,
+        histories: Sequence[Sequence[int]],
+        candidates: Sequence[Sequence[int]],
+        search: SearchConfig | None = None,
     ) -> list[list[float]]:
         """The scores of given candidates, as `recommend` would give them: one list for each history.
 
         Args:
             histories: item indices, oldest first.
             candidates: item indices, at least one for each history.
-            score: in place of the recommender's own, where it has two.
+            search: whose score and priors are taken in place of the recommender's own.
         """
         ...
 
     def spellings(
-        self, history: Sequence[int], items: Sequence[int], score: Score | None = None
+        self, history: Sequence[int], items: Sequence[int], search: SearchConfig | None = None
     ) -> list[Spelling] | None:
         """What adds up to the items' scores; None from a model that does not spell items.
 
         Args:
-            history, score: as in `rank`.
+            history, search: as in `rank`.
             items: item indices, at least one.
         """
         ...

@@ -20,6 +20,7 @@ from recommender.errors import UserError
 from recommender.golden import record
 from recommender.items.item_space import ItemSpace
 from recommender.models import base_of
+from recommender.priors import Priors
 from recommender.recommendation import Recommendation, Spelling
 from recommender.search.prefixes import Prefixes
 from recommender.search.scoring import CandidateScorer
@@ -39,6 +40,7 @@ class Recommender:
         backbone: the trained model, in eval mode; its weights may not change any more.
         manifest: name, search settings, metrics.
         history_cache: bytes of keys and values of histories to keep; see `recommender/search/prefixes.py`.
+        priors: what is added to the items' scores.
 
     Example:
         >>> recommender = Recommender.load("runs/demo/bundle")                                # doctest: +SKIP
@@ -46,15 +48,23 @@ class Recommender:
         >>> [recommender.catalogue.titles[i] for i in recommender.recommend([history], k=5)[0].items]  # doctest: +SKIP
     """
 
-    def __init__(self, space: ItemSpace, backbone: Backbone, manifest: Manifest, history_cache: int = 0):
+    def __init__(
+        self,
+        space: ItemSpace,
+        backbone: Backbone,
+        manifest: Manifest,
+        history_cache: int = 0,
+        priors: Priors | None = None,
+    ):
         self.space = space
         self.backbone = backbone
-        self.manifest = manifest
+        self.manifest = manifest.model_copy(update={"search": manifest.searched()})
+        self.priors = priors or Priors(space.catalogue)
         self.catalogue = space.catalogue
         self.backbone.model.eval()
         self._longest_response = int(np.diff(space.identifiers.offsets).max())
         self.prefixes = Prefixes(backbone, space.prompt.prefix, len(space.prompt.suffix), history_cache)
-        config = manifest.search.at_temperature(manifest.temperature)
+        config = self.manifest.search.at_temperature(manifest.temperature)
         self._search = TreeSearch(backbone, space.trie, config, self.prefixes)
 
     @cached_property
@@ -86,12 +96,13 @@ class Recommender:
         """
         directory = Path(bundle).expanduser()
         manifest = language_model_manifest(directory)
-        if search is not None:
-            manifest = manifest.model_copy(update={"search": search})
         space = ItemSpace.load(directory)
+        priors = Priors.load(directory, space.catalogue, manifest.search.priors, device)
+        manifest = manifest.model_copy(update={"search": manifest.searched(search)})
+        priors.checked(manifest.search.priors)
         load = load_model if bases is None else bases.load
         model: Any = _open(directory, lambda path, revision: load(path, revision, device, dtype))
-        return cls(space, Backbone(model.to(device), space.tokenizer), manifest, history_cache)
+        return cls(space, Backbone(model.to(device), space.tokenizer), manifest, history_cache, priors)
 
     def save(self, directory: str | Path) -> None:
         """Write the bundle; complete or absent."""
@@ -99,6 +110,7 @@ class Recommender:
         def write_files(aside: Path) -> None:
             self.space.save(aside)
             self.backbone.model.save_pretrained(str(aside))
+            self.priors.save(aside)
 
         added = {"base": _base_weights(self.backbone.model), "golden": record(self)}
         write_bundle(Path(directory), self.manifest.model_copy(update=added), write_files)
@@ -119,7 +131,7 @@ class Recommender:
             k: how many items, for all or for each.
             exclude: items that may not be recommended, for each history.
             allow: if not None, the only items that may be, for each history.
-            search: whose score, mode, width and node budget are kept in place of this recommender's own.
+            search: whose score, mode, width, node budget and priors are kept in place of this recommender's own.
         """
         prompts = [self._prompt(history) for history in histories]
         tree_search = self._search if search is None else self._search.within(search)
@@ -128,6 +140,7 @@ class Recommender:
             k if isinstance(k, int) else list(k),
             exclude,
             allow,
+            self._terms(histories, search),
         )
         return [
             Recommendation(
@@ -137,33 +150,58 @@ class Recommender:
         ]
 
     def rank(
-        self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], score: Score | None = None
+        self,
+        histories: Sequence[Sequence[int]],
+        candidates: Sequence[Sequence[int]],
+        search: SearchConfig | None = None,
     ) -> list[list[float]]:
         """The scores of given candidates, as `recommend` would give them; one forward pass a history.
 
         Args:
             histories: as in `recommend`.
             candidates: item indices, at least one for each history.
-            score: in place of this recommender's own.
+            search: whose score and priors are taken in place of this recommender's own.
         """
-        score, pairs = score or self.manifest.search.score, zip(histories, candidates, strict=True)
-        return [self._scorer.score(self._prompt(history), items, score).tolist() for history, items in pairs]
+        score = self._score(search)
+        found = [
+            self._scorer.score(self._prompt(history), items, score)
+            for history, items in zip(histories, candidates, strict=True)
+        ]
+        terms = self._terms(histories, search)
+        if terms is not None:
+            found = [each + terms[row, list(candidates[row])].numpy() for row, each in enumerate(found)]
+        return [each.tolist() for each in found]
 
-    def spellings(self, history: Sequence[int], items: Sequence[int], score: Score | None = None) -> list[Spelling]:
-        """The tokens of each item and their log-probabilities, which add up to its score; one forward pass.
+    def _score(self, search: SearchConfig | None) -> Score:
+        score = self.manifest.searched(search).score
+        assert score is not None  # `searched` fills it in
+        return score
 
-        A token's text is what it decodes to by itself. Of the score `valid`, tokens that are forced have 0.
+    def _terms(self, histories: Sequence[Sequence[int]], search: SearchConfig | None) -> torch.Tensor | None:
+        """What priors add to all items, float32 [histories, items]."""
+        return self.priors.of(histories, self.manifest.searched(search).priors) if len(histories) else None
+
+    def spellings(
+        self, history: Sequence[int], items: Sequence[int], search: SearchConfig | None = None
+    ) -> list[Spelling]:
+        """The tokens of each item and their log-probabilities, then priors and what they add: together, its score.
+
+        One forward pass. A token's text is what it decodes to by itself, a prior's its name in square brackets. Of the
+        score `valid`, tokens that are forced have 0.
 
         Args:
-            history, score: as in `rank`.
+            history, search: as in `rank`.
             items: item indices, at least one.
         """
-        score = score or self.manifest.search.score
-        found = self._scorer.log_probabilities(self._prompt(history), items, score)
+        found = self._scorer.log_probabilities(self._prompt(history), items, self._score(search))
         texts = [
             [str(self.space.tokenizer.decode([token])) for token in self.space.identifiers.spelled(i)] for i in items
         ]
-        return [list(zip(text, steps.tolist(), strict=True)) for text, steps in zip(texts, found, strict=True)]
+        added = self.priors.each(history, items, self.manifest.searched(search).priors)
+        return [
+            [*zip(text, steps.tolist(), strict=True), *((f"[{name}]", value) for name, value in more)]
+            for text, steps, more in zip(texts, found, added, strict=True)
+        ]
 
     def tokens(
         self, history: Sequence[int], candidates: Sequence[int] | None = None, search: SearchConfig | None = None
@@ -177,7 +215,7 @@ class Recommender:
         """
         prompt = min(self.space.prompt.length(history), self.backbone.context)
         if candidates is None:
-            return prompt + self._appended(search or self.manifest.search)
+            return prompt + self._appended(self.manifest.searched(search))
         offsets, items = self.space.identifiers.offsets, np.asarray(candidates)
         return prompt + int((offsets[items + 1] - offsets[items]).sum())
 
@@ -295,4 +333,10 @@ def extend_bundle(
     """
     recommender = Recommender.load(bundle)
     manifest = recommender.manifest.model_copy(update={"version": version, "made_from": made_from})
-    Recommender(recommender.space.extended(further), recommender.backbone, manifest).save(directory)
+    extended = Recommender(recommender.space.extended(further), recommender.backbone, manifest)
+    old, unconditional = len(recommender.catalogue), None
+    if recommender.priors.unconditional is not None:
+        plain = manifest.search.model_copy(update={"priors": {}})
+        unconditional = torch.tensor(extended.rank([[]], [range(old, len(extended.catalogue))], plain)[0])
+    extended.priors = recommender.priors.extended(extended.catalogue, further, unconditional)
+    extended.save(directory)

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from recommender.bundle import Manifest
+from recommender.bundle import Manifest, write_bundle
 from recommender.catalogue.catalogue import Catalogue
-from recommender.config import Score, SearchConfig
-from recommender.recommendation import Recommendation, allowed_items
+from recommender.config import PriorConfig, SearchConfig
+from recommender.golden import record
+from recommender.recommendation import Recommendation, Spelling, allowed_items
+
+
+class Terms(Protocol):
+    """What is added to scores, see `recommender/priors.py`."""
+
+    def of(
+        self, histories: Sequence[Sequence[int] | np.ndarray], configs: Mapping[str, PriorConfig] | None
+    ) -> Tensor | None:
+        """The weighted sum of the terms, float32 [histories, items]; None where there are none."""
+        ...
+
+    def each(
+        self, history: Sequence[int], items: Sequence[int], configs: Mapping[str, PriorConfig] | None
+    ) -> list[Spelling]:
+        """Of each item the names of the terms and what they add."""
+        ...
+
+    def save(self, directory: Path) -> None: ...
 
 
 class ScoredRecommender(ABC):
@@ -21,11 +42,36 @@ class ScoredRecommender(ABC):
     Args:
         catalogue: the items, in the order of the scores.
         manifest: name, metrics.
+
+    Attributes:
+        priors: what is added to the scores, if anything.
     """
+
+    priors: Terms | None = None
 
     def __init__(self, catalogue: Catalogue, manifest: Manifest):
         self.catalogue = catalogue
         self.manifest = manifest
+
+    @property
+    @abstractmethod
+    def items(self) -> int:
+        """How many have scores: all, but for a model that was trained before some were added."""
+
+    @abstractmethod
+    def save_model(self, directory: Path) -> None:
+        """Write what a bundle of it holds beside the catalogue and the manifest."""
+
+    def save(self, directory: str | Path) -> None:
+        """Write the bundle; complete or absent."""
+
+        def write_files(aside: Path) -> None:
+            self.catalogue.save(aside)
+            self.save_model(aside)
+            if self.priors is not None:
+                self.priors.save(aside)
+
+        write_bundle(Path(directory), self.manifest.model_copy(update={"golden": record(self)}), write_files)
 
     @abstractmethod
     def scores(self, histories: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
@@ -51,9 +97,9 @@ class ScoredRecommender(ABC):
             k: how many items, for all or for each.
             exclude: items that may not be recommended, for each history.
             allow: if not None, the only items that may be, for each history.
-            search: of no effect: every item is scored.
+            search: whose priors are added in place of its own; the rest is of no effect: every item is scored.
         """
-        scores = self.scores(histories)
+        scores = self._added(histories, search)
         allowed = allowed_items(len(histories), len(self.catalogue), exclude, allow)
         if allowed is not None:
             scores = scores.masked_fill(~allowed.to(scores.device), -torch.inf)
@@ -65,18 +111,24 @@ class ScoredRecommender(ABC):
         self,
         histories: Sequence[Sequence[int] | np.ndarray],
         candidates: Sequence[Sequence[int]],
-        score: Score | None = None,
+        search: SearchConfig | None = None,
     ) -> list[list[float]]:
         """The scores of given candidates, as `recommend` would give them.
 
         Args:
             histories: as in `recommend`.
             candidates: item indices, for each history.
-            score: of no effect: there is one.
+            search: whose priors are added in place of its own.
         """
-        return [row[list(items)].tolist() for row, items in zip(self.scores(histories), candidates, strict=True)]
+        found = self._added(histories, search)
+        return [row[list(items)].tolist() for row, items in zip(found, candidates, strict=True)]
 
-    def spellings(self, history: Sequence[int], items: Sequence[int], score: Score | None = None) -> None:
+    def _added(self, histories: Sequence[Sequence[int] | np.ndarray], search: SearchConfig | None) -> Tensor:
+        scores = self.scores(histories)
+        added = None if self.priors is None else self.priors.of(histories, self.manifest.searched(search).priors)
+        return scores if added is None else scores + added.to(scores.device)
+
+    def spellings(self, history: Sequence[int], items: Sequence[int], search: SearchConfig | None = None) -> None:
         """Nothing: items are not spelled in tokens."""
         return
 

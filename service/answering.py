@@ -61,7 +61,7 @@ def _find(served: Served, lists: Sequence[CappedList]) -> list[Recommendation]:
 def _rank(served: Served, query: RankQuery) -> Recommendation:
     """The candidates, each once; equal scores in the catalogue's order."""
     if query.history:
-        [scores] = served.recommender.rank([query.history], [query.candidates], query.score)
+        [scores] = served.recommender.rank([query.history], [query.candidates], query.search)
     else:
         assert served.popular is not None
         scores = served.popular.rank(query.candidates)
@@ -73,4 +73,4 @@ def _spelled(served: Served, query: Query | RankQuery, found: Recommendation) ->
     """With its items' spellings, where a model that has such answered."""
     if not query.history or not found.items:
         return found
-    return replace(found, spellings=served.recommender.spellings(query.history, found.items, query.score))
+    return replace(found, spellings=served.recommender.spellings(query.history, found.items, query.search))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from recommender.catalogue.catalogue import Catalogue
 from recommender.catalogue.columns import column_named, items_where
-from recommender.config import Score, SearchConfig
+from recommender.config import SearchConfig
 from recommender.errors import UserError
 from service import schema
 from service.schema import FieldError
@@ -27,7 +27,7 @@ class Query:
         exclude: int64; items that may not be recommended.
         allow: int64; if not None, the only items that may be.
         caps: by column, how many items of one value.
-        search: the score and the limits of the search, or None: the model's own.
+        search: score, limits and priors of the search, or None: the model's own.
         ignored: unknown items of the history.
         spelled: whether the log-probabilities of the items' tokens are wanted.
     """
@@ -41,11 +41,6 @@ class Query:
     ignored: list[str] = field(default_factory=list)
     spelled: bool = False
 
-    @property
-    def score(self) -> Score | None:
-        """None: the model's own."""
-        return None if self.search is None else self.search.score
-
 
 @dataclass(frozen=True, eq=False)
 class RankQuery:
@@ -54,7 +49,7 @@ class RankQuery:
     history: list[int]
     candidates: list[int]
     ignored: list[str]
-    score: Score | None = None
+    search: SearchConfig | None = None
     spelled: bool = False
 
 
@@ -89,7 +84,7 @@ class Resolver:
             np.array(exclude, np.int64),
             self._where(asked.where, allow),
             asked.max_per,
-            self._search(asked.search),
+            self._search(asked.search, asked.boost),
             ignored,
             asked.log_probabilities,
         )
@@ -98,7 +93,8 @@ class Resolver:
         """A request for an order of candidates."""
         history, ignored = self._history(asked)
         candidates = self._indices("candidates", asked.candidates)
-        return RankQuery(history, candidates, ignored, asked.score, asked.log_probabilities)
+        search = self._search(None if asked.score is None else schema.SearchRequest(score=asked.score), asked.boost)
+        return RankQuery(history, candidates, ignored, search, asked.log_probabilities)
 
     def _wrong(self, field: str, message: str) -> None:
         self.errors.append(FieldError(field=self._prefix + field, message=message))
@@ -145,10 +141,25 @@ class Resolver:
         known = {name: values for name, values in where.items() if self._has_column("where", name)}
         return items_where(self.served.columns, known, allow, len(self.served.catalogue))
 
-    def _search(self, asked: schema.SearchRequest | None) -> SearchConfig | None:
-        if asked is None:
+    def _search(self, asked: schema.SearchRequest | None, boost: Mapping[str, float]) -> SearchConfig | None:
+        if asked is None and not boost:
             return None
-        return self.served.recommender.manifest.search.model_copy(update=asked.model_dump(exclude_none=True))
+        own = self.served.recommender.manifest.search
+        for name, weight in boost.items():
+            prior, field = (own.priors or {}).get(name), f"boost.{name[:80]}"
+            if prior is None:
+                self._wrong(field, f"the model has no such prior; it has: {', '.join(own.priors or {}) or 'none'}")
+            elif prior.limits is None or not prior.limits[0] <= weight <= prior.limits[1]:
+                allowed = (
+                    "cannot be changed by requests"
+                    if prior.limits is None
+                    else "must be {} to {}".format(*prior.limits)
+                )
+                self._wrong(field, f"the weight of this prior {allowed} (search.priors.{name}.limits)")
+        if self.errors:
+            return None
+        search = own.boosted(boost)
+        return search if asked is None else search.model_copy(update=asked.model_dump(exclude_none=True))
 
 
 def _unknown(text: str, catalogue: Catalogue | None) -> str:

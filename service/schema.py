@@ -8,7 +8,7 @@ from annotated_types import Le, MaxLen
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PositiveInt, WithJsonSchema, create_model
 from pydantic_core import PydanticCustomError
 
-from recommender.config import Score
+from recommender.config import Score, Weight
 from service.config import ServingConfig
 
 
@@ -83,6 +83,11 @@ class HistoryRequest(BaseModel):
         "error", description="What items of the history that the catalogue does not hold are: a mistake, or skipped."
     )
     model: str | None = Field(None, description="Name of the model that is to answer; default: the first.")
+    boost: dict[str, Weight] = Field(
+        default={},
+        description="Other weights of the model's priors, by their names, within the limits that the model sets them "
+        "(`search.priors` of /v1/models).",
+    )
 
 
 class SearchRequest(BaseModel):
@@ -185,11 +190,14 @@ class RankedItem(BaseModel):
     rank: int = Field(description="1 is the best.")
     item_id: str
     title: str
-    score: float = Field(description="Sum of log-probabilities along the item's title; comparable within one list.")
+    score: float = Field(
+        description="Sum of log-probabilities along the item's title, and what priors add; comparable within one list."
+    )
     tokens: list[Token] | None = Field(
         None,
-        description="Its title as the model spells it, the end token last; the log-probabilities add up to `score`, "
-        "rounding aside. Absent unless the request says `log_probabilities`.",
+        description="Its title as the model spells it, the end token last, then the model's priors, in square "
+        "brackets, with what they add; all adds up to `score`, rounding aside. Absent unless the request says "
+        "`log_probabilities`.",
     )
 
 

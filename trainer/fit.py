@@ -138,6 +138,7 @@ def export(experiment: Experiment, version: Version, prepared: Prepared, trained
         trained_until=dataset.trained_until(),
         search=experiment.search,
         temperature=objective.temperature,
+        score="valid" if objective.valid_only else "full",
         backbone=experiment.backbone.model_dump(mode="json"),
         objective=experiment.objective.model_dump(mode="json"),
         prompt=experiment.prompt.model_dump(mode="json"),

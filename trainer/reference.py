@@ -77,7 +77,7 @@ def _sections(path: str, field: FieldInfo, level: int, shown: dict[type[BaseMode
                 yield Section(title, level + 1, f"{text} Its fields are those of {_link(shown[model])}.")
                 continue
             shown[model] = title
-            each = f"{path}.<path>." if get_origin(field.annotation) is dict else f"{path}."
+            each = f"{path}.<path>." if _is_by_name(field.annotation) else f"{path}."
             yield Section(title, level + 1, text, _rows(model, each, deep=True))
             yield from _unions_within(model, path, level + 2, shown)
 
@@ -130,6 +130,11 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for argument in get_args(annotation):
         yield from _models(argument)
+
+
+def _is_by_name(annotation: Any) -> bool:
+    """Whether the configs that an annotation names are values of a dictionary."""
+    return dict in map(get_origin, (annotation, *get_args(annotation)))
 
 
 def _tag(model: type[BaseModel]) -> str | None:

@@ -34,6 +34,7 @@ for _verb in (
     experiments.train,
     experiments.tune,
     experiments.evaluate,
+    experiments.blend,
     models.recommend,
     serving.serve,
     models.export,

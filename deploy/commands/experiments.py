@@ -115,6 +115,29 @@ def evaluate(
     say(f"{split}: {found.standing}")
 
 
+def blend(
+    what: Annotated[str, typer.Argument(help="An experiment (YAML file): its latest version; or a model: name@2.")],
+    add: Annotated[
+        list[str] | None,
+        typer.Option("--add", help="A further model of the same data: collaborative, itemknn or tfidf. Repeatable."),
+    ] = None,
+    promote: Promote = False,
+    storage: Storage = Path("runs"),
+    overrides: Set = [],  # noqa: B006
+) -> None:
+    """Add priors to a model's score, with weights found on validation; the result is the model's next version.
+
+    Priors: item-to-item counts, the cosine of titles, popularity, newness, and what the model says without a history;
+    or those that `search.priors` names. The search stays exact. A prior that gains nothing gets no weight.
+
+    \b
+    ilrec blend configs/office.yaml
+    ilrec blend shop --add shop-sasrec --promote
+    ilrec blend my.yaml --set 'search.priors={margin: {kind: column, column: margin}}'
+    """
+    ilrec.experiment(what, overrides, say, storage).blend(add=add or (), promote=promote)
+
+
 def schema(
     readable: Annotated[bool, typer.Option("--readable", help="A page of Markdown to read, not JSON.")] = False,
 ) -> None:

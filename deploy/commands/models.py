@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,10 @@ def recommend(
     ] = None,
     allow: Annotated[str | None, typer.Option(help="Only these items; as --history.")] = None,
     deny: Annotated[str | None, typer.Option(help="None of these items; as --history.")] = None,
+    boost: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PRIOR=WEIGHT", help="Another weight of one of the model's priors. Repeatable."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
     storage: Storage = Path("runs"),
 ) -> None:
@@ -57,6 +62,7 @@ def recommend(
     ilrec recommend office@2 --history "12; 431; 77" -k 5
     ilrec recommend /models/shop --history '["Tent; two persons", "Stove"]'
     ilrec recommend shop --user u1 --where brand=Acme --max-per category=2 --json
+    ilrec recommend shop --user u1 --boost popularity=-0.5       # of a model that `ilrec blend` made
     """
     if (history is None) == (user is None):
         raise UserError("say whom to recommend for: either --history or --user")
@@ -68,6 +74,7 @@ def recommend(
         "max_per": _caps(max_per or []),
         "allow": None if allow is None else listed(allow),
         "deny": listed(deny or ""),
+        "boost": _weights(boost or []),
     }
     recommender = ilrec.load(model, storage)
     if user is not None:
@@ -123,6 +130,19 @@ def _caps(given: list[str]) -> dict[str, int]:
         if not number.strip().isdigit():
             raise UserError(f"--max-per {text}: write it as column=number")
         found[column.strip()] = int(number)
+    return found
+
+
+def _weights(given: list[str]) -> dict[str, float]:
+    found = {}
+    for text in given:
+        name, _, weight = text.partition("=")
+        try:
+            found[name.strip()] = float(weight)
+        except ValueError:
+            raise UserError(f"--boost {text}: write it as prior=weight") from None
+        if not math.isfinite(found[name.strip()]):
+            raise UserError(f"--boost {text}: the weight must be a finite number")
     return found
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recommender.bundle import FLOORS, LANGUAGE_MODEL, Manifest, read_manifest, write_bundle
+from recommender.bundle import FLOORS, LANGUAGE_MODEL, Manifest, read_manifest
 from recommender.catalogue.catalogue import Catalogue
 from recommender.collaborative.bert4rec import BERT4Rec
 from recommender.collaborative.bpr import BPR
@@ -29,7 +29,6 @@ from recommender.collaborative.model import CollaborativeModel
 from recommender.collaborative.sasrec import SASRec
 from recommender.config import SearchConfig
 from recommender.errors import UserError
-from recommender.golden import record
 from recommender.scored import ScoredRecommender
 
 _CONFIG: TypeAdapter[CollaborativeConfig] = TypeAdapter(CollaborativeConfig)
@@ -87,26 +86,35 @@ class CollaborativeRecommender(ScoredRecommender):
                 f"{directory}: holds {held}, and a collaborative one is needed here; train one with "
                 "ilrec train … --set recommender.kind=sasrec --set name=…"
             )
-        catalogue = Catalogue.load(directory)
+        return cls.around(directory, Catalogue.load(directory), manifest, device)
+
+    @classmethod
+    def around(
+        cls, directory: Path, catalogue: Catalogue, manifest: Manifest, device: str | torch.device = "cpu"
+    ) -> CollaborativeRecommender:
+        """With the model that `save_model` wrote.
+
+        Raises:
+            UserError: it cannot be read.
+        """
         try:
             config = _CONFIG.validate_json((directory / CONFIG).read_text())
-            model = build_model(config, len(catalogue))
-            model.load_state_dict(load_file(directory / WEIGHTS))
-        except (OSError, ValidationError, RuntimeError, SafetensorError) as error:
+            weights = load_file(directory / WEIGHTS)
+            model = build_model(config, len(weights["bias"]))
+            model.load_state_dict(weights)
+        except (OSError, KeyError, ValidationError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"{directory}: its model cannot be read: {error}; copy or train the bundle again"
             ) from error
         return cls(catalogue, model.to(device), manifest)
 
-    def save(self, directory: str | Path) -> None:
-        """Write the bundle; complete or absent."""
+    @property
+    def items(self) -> int:
+        return self.model.items
 
-        def write_files(aside: Path) -> None:
-            self.catalogue.save(aside)
-            (aside / CONFIG).write_text(self.model.config.model_dump_json(indent=2))
-            save_file(self.model.state_dict(), aside / WEIGHTS)
-
-        write_bundle(Path(directory), self.manifest.model_copy(update={"golden": record(self)}), write_files)
+    def save_model(self, directory: Path) -> None:
+        (directory / CONFIG).write_text(self.model.config.model_dump_json(indent=2))
+        save_file(self.model.state_dict(), directory / WEIGHTS)
 
     @torch.inference_mode()
     def scores(self, histories: Sequence[Sequence[int] | np.ndarray]) -> Tensor:

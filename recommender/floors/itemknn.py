@@ -58,6 +58,10 @@ class ItemKNN(Floor):
         similar = vstack(rows, format="csr", dtype=np.float32)
         return cls(settings, similar, counts.astype(np.int64))
 
+    @property
+    def items(self) -> int:
+        return len(self.counts)
+
     def scores(self, histories: csr_matrix) -> np.ndarray:
         found: np.ndarray = (histories @ self.similar).toarray()
         return found + self._popular

@@ -20,6 +20,11 @@ class Floor(ABC):
 
     settings: ItemKNNSettings | TfidfSettings
 
+    @property
+    @abstractmethod
+    def items(self) -> int:
+        """How many it knows."""
+
     @abstractmethod
     def scores(self, histories: csr_matrix) -> np.ndarray:
         """Scores of all items, float32 [B, items], from histories as weights, float32 [B, items]."""

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from recommender.bundle import Manifest, read_manifest, write_bundle
+from recommender.bundle import Manifest, read_manifest
 from recommender.catalogue.catalogue import Catalogue
 from recommender.config import StrictModel
 from recommender.errors import UserError
 from recommender.floors.config import FloorSettings, ItemKNNSettings
 from recommender.floors.itemknn import ItemKNN
 from recommender.floors.model import Floor, weighted
-from recommender.floors.tfidf import Tfidf
-from recommender.golden import record
+from recommender.floors.tfidf import Tfidf, texts_of
 from recommender.scored import ScoredRecommender
 
 SETTINGS = "floor.json"
@@ -60,7 +60,15 @@ class FloorRecommender(ScoredRecommender):
         """
         directory = Path(bundle).expanduser()
         manifest = read_manifest(directory)
-        catalogue = Catalogue.load(directory)
+        return cls.around(directory, Catalogue.load(directory), manifest)
+
+    @classmethod
+    def around(cls, directory: Path, catalogue: Catalogue, manifest: Manifest) -> FloorRecommender:
+        """With the model that `save_model` wrote.
+
+        Raises:
+            UserError: it cannot be read.
+        """
         try:
             saved = TypeAdapter(_Saved).validate_json((directory / SETTINGS).read_text())
             tensors = load_file(directory / TENSORS)
@@ -73,19 +81,27 @@ class FloorRecommender(ScoredRecommender):
                 f"{directory}: its model cannot be read: {error}; copy the bundle again, or fit it again"
             ) from error
 
-    def save(self, directory: str | Path) -> None:
-        """Write the bundle; complete or absent."""
+    @property
+    def items(self) -> int:
+        return self.model.items
 
-        def write_files(aside: Path) -> None:
-            self.catalogue.save(aside)
-            saved = _Saved(decay=self.decay, model=self.model.settings)
-            (aside / SETTINGS).write_text(saved.model_dump_json(indent=2))
-            save_file(self.model.tensors(), aside / TENSORS)
-            if isinstance(self.model, Tfidf):
-                (aside / TERMS).write_text(json.dumps(self.model.terms, ensure_ascii=False))
+    def save_model(self, directory: Path) -> None:
+        saved = _Saved(decay=self.decay, model=self.model.settings)
+        (directory / SETTINGS).write_text(saved.model_dump_json(indent=2))
+        save_file(self.model.tensors(), directory / TENSORS)
+        if isinstance(self.model, Tfidf):
+            (directory / TERMS).write_text(json.dumps(self.model.terms, ensure_ascii=False))
 
-        write_bundle(Path(directory), self.manifest.model_copy(update={"golden": record(self)}), write_files)
+    def extended(self, catalogue: Catalogue, further: Catalogue) -> FloorRecommender:
+        """A TF-IDF reads the texts of further items as well; counts know nothing of them, and stay as they are."""
+        if not isinstance(self.model, Tfidf):
+            return self
+        table = further.columns if further.columns is not None else pa.table({})
+        table = table.drop_columns([name for name in ("title",) if name in table.column_names])
+        table = table.append_column("title", pa.array(further.titles))
+        model = self.model.extended(texts_of(table, self.model.settings.columns))
+        return FloorRecommender(catalogue, model, self.decay, self.manifest)
 
     def scores(self, histories: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
         rows = [np.asarray(history, np.int64) for history in histories]
-        return torch.from_numpy(self.model.scores(weighted(rows, self.decay, len(self.catalogue))))
+        return torch.from_numpy(self.model.scores(weighted(rows, self.decay, self.items)))

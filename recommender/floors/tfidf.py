@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 
 from recommender.catalogue.catalogue import normalise_title
 from recommender.errors import UserError
@@ -65,11 +65,20 @@ class Tfidf(Floor):
             ) from error
         return cls(settings, _sorted(vectors), vectorizer.get_feature_names_out().tolist(), vectorizer.idf_)
 
+    @property
+    def items(self) -> int:
+        return int(self.vectors.shape[0])
+
     def encode(self, texts: Sequence[str]) -> csr_matrix:
         """Vectors of further texts: float32 [texts, terms]; terms that no item has do not count."""
         vectorizer = _vectorizer(self.settings, self.terms)
         vectorizer.idf_ = self.idf
         return _sorted(vectorizer.transform(texts))
+
+    def extended(self, texts: Sequence[str]) -> Tfidf:
+        """With further items, of these texts, behind its own; terms and their weights stay."""
+        vectors = _sorted(vstack([self.vectors, self.encode(texts)]))
+        return Tfidf(self.settings, vectors, self.terms, self.idf)
 
     def scores(self, histories: csr_matrix) -> np.ndarray:
         parts = [self._scores(histories[begin : begin + _ROWS]) for begin in range(0, histories.shape[0], _ROWS)]

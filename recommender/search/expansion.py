@@ -12,6 +12,7 @@ import torch
 
 from recommender.config import Score
 from recommender.items.trie import Below, RadixTrie, TrieTensors
+from recommender.search.bounds import Levels
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Expansion:
     sizes: torch.Tensor  # int64 [nodes, 2], tokens to append, and entries
     finished_at_sight: torch.Tensor  # bool [nodes], whether an entry has its whole score as soon as it is seen
     below: Below  # the nodes that may be expanded
+    levels: Levels
 
     def __post_init__(self) -> None:
         assert len(self.sizes) == len(self.finished_at_sight) == len(self.below.start)
@@ -37,7 +39,7 @@ class Expansion:
             entries = torch.where(is_leaf, 1, trie.child_count)
             finished = is_leaf & (trie.chain_length == 1)
         below = radix.below(~finished.cpu().numpy()).to(finished.device)
-        return cls(torch.stack([length, entries], 1), finished, below)
+        return cls(torch.stack([length, entries], 1), finished, below, Levels.of(radix, finished.device))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from recommender.catalogue.filters import Allowed
+from recommender.search.bounds import Bounds
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,7 +31,7 @@ class Ranking:
     Attributes
     ----------
     items : int32 [<= k], item indices, best first
-    scores : float32 [<= k], their sums of log-probabilities
+    scores : float32 [<= k], their sums of log-probabilities and what was added to them
     exact : whether this is proven to be the true top-k of the allowed items
     expansions : nodes that were run through the backbone after the prompt
     """
@@ -46,27 +47,35 @@ class Ranking:
 
 @dataclass
 class Rows:
-    """The state of each history. Places are filled with keys, best first: see `keys_of`. All is int64."""
+    """The state of each history. Places are filled with keys, best first: see `keys_of`. int64, unless stated."""
 
     index: torch.Tensor  # [R], its place in the caller's batch
     prompt_length: torch.Tensor  # [R]
     wanted: torch.Tensor  # [R], items that the answer will have
     finished: torch.Tensor  # [R, K] keys
-    open_key: torch.Tensor  # [R, M]
+    open_key: torch.Tensor  # [R, M], of what the best item below may reach
+    open_score: torch.Tensor  # float32 [R, M], sums of log-probabilities alone
     open_node: torch.Tensor  # [R, M]
     open_parent: torch.Tensor  # [R, M], ordinal of the parent's expansion
     dropped: torch.Tensor  # [R], the best key that was ever dropped for want of places
     expansions: torch.Tensor  # [R]
     allowed: Allowed | None  # by `index`
+    bounds: Bounds | None  # by `index`
 
     def __post_init__(self) -> None:
-        assert self.open_key.shape == self.open_node.shape == self.open_parent.shape
+        assert self.open_key.shape == self.open_score.shape == self.open_node.shape == self.open_parent.shape
         assert len(self.finished) == len(self.open_key) == len(self)
         assert self.prompt_length.shape == self.wanted.shape == self.dropped.shape == self.expansions.shape
 
     @classmethod
     def opened(
-        cls, prompt_lengths: Sequence[int], ks: Sequence[int], items: int, allowed: Allowed | None, device: torch.device
+        cls,
+        prompt_lengths: Sequence[int],
+        ks: Sequence[int],
+        items: int,
+        allowed: Allowed | None,
+        bounds: Bounds | None,
+        device: torch.device,
     ) -> Rows:
         """Histories of which nothing is known yet: no item is finished, and no node is open.
 
@@ -87,11 +96,13 @@ class Rows:
             wanted=wanted,
             finished=empty.expand(count, min(max(ks), items)),
             open_key=empty,
+            open_score=torch.zeros(count, 1, device=device),
             open_node=torch.zeros_like(empty),
             open_parent=torch.zeros_like(empty),
             dropped=empty[:, 0],
             expansions=torch.zeros(count, dtype=torch.int64, device=device),
             allowed=allowed,
+            bounds=bounds,
         )
 
     def __len__(self) -> int:
@@ -108,13 +119,14 @@ class Rows:
 
     def keep_open(self, places: int) -> None:
         """Forget all but the first open nodes: the others cannot change an answer any more."""
-        self.open_key, self.open_node = self.open_key[:, :places], self.open_node[:, :places]
-        self.open_parent = self.open_parent[:, :places]
+        self.open_key, self.open_score = self.open_key[:, :places], self.open_score[:, :places]
+        self.open_node, self.open_parent = self.open_node[:, :places], self.open_parent[:, :places]
 
     def add(
         self,
         row: torch.Tensor,
         key: torch.Tensor,
+        score: torch.Tensor,
         node: torch.Tensor,
         parent: torch.Tensor,
         is_finished: torch.Tensor,
@@ -126,12 +138,13 @@ class Rows:
         Parameters
         ----------
         row, key, node, parent : int64 [E]; `parent` is the ordinal of the expansion that an entry came of
+        score : float32 [E], the sum of log-probabilities alone
         is_finished : bool [E], whether it is an item with its whole score
         widest : entries of the row with the most
         """
         place = place_in_row(row, len(self))
 
-        def spread(values: torch.Tensor, fill: int) -> torch.Tensor:
+        def spread(values: torch.Tensor, fill: float) -> torch.Tensor:
             return values.new_full((len(self), widest), fill).index_put_((row, place), values)
 
         finished = torch.cat([self.finished, spread(torch.where(is_finished, key, NOTHING), NOTHING)], 1)
@@ -142,6 +155,7 @@ class Rows:
             self.dropped = torch.maximum(self.dropped, keys[:, limit])
         order = order[:, :limit]
         self.open_key = keys[:, :limit]
+        self.open_score = torch.cat([self.open_score, spread(score, 0)], 1).gather(1, order)
         self.open_node = torch.cat([self.open_node, spread(node, 0)], 1).gather(1, order)
         self.open_parent = torch.cat([self.open_parent, spread(parent, 0)], 1).gather(1, order)
 

@@ -16,7 +16,8 @@ Two scores, each the sum of log-probabilities along an identifier:
 
 Log-probabilities only fall along a path: a node's score bounds everything under it. When the best open node cannot
 beat the K-th finished item, the answer is the true top-K of the catalogue (`exact`). Ties rank the lower item index
-first.
+first. Terms of items may be added to the scores; then an open node is as good as its score and the best term below it
+(`recommender/search/bounds.py`).
 
 Shapes, here and in the modules beside this one:
 
@@ -44,6 +45,7 @@ from recommender.config import Score, SearchConfig
 from recommender.items.trie import RadixTrie
 from recommender.ragged import ragged
 from recommender.search.appended_tree import AppendedTree
+from recommender.search.bounds import Bounds, allowed_terms
 from recommender.search.expansion import Chains, Entries, Expansion, Nodes, Sizes, Step
 from recommender.search.frontier import NOTHING, Answers, Ranking, Rows, decoded, keys_of, place_in_row, selected
 from recommender.search.logits import TokenLogits, log_softmax_within
@@ -99,9 +101,14 @@ class TreeSearch:
         self._expansions: dict[Score, Expansion] = {}
 
     @property
+    def score(self) -> Score:
+        """Which of the two."""
+        return self.config.score or "valid"
+
+    @property
     def expansion(self) -> Expansion:
         """What it is to expand each node under this search's score; made once for all searches `within` this one."""
-        score = self.config.score
+        score = self.score
         if score not in self._expansions:
             self._expansions[score] = Expansion.of(self._radix, self.trie, score)
         return self._expansions[score]
@@ -119,6 +126,7 @@ class TreeSearch:
         k: int | Sequence[int],
         exclude: Filter | None = None,
         allow: Filter | None = None,
+        terms: torch.Tensor | None = None,
     ) -> list[Ranking]:
         """Rank the catalogue for every prompt.
 
@@ -128,6 +136,7 @@ class TreeSearch:
         k : items wanted, for all or for each history; more than there are gives all there are
         exclude : items that may not be recommended, for each history. Filtering never changes a score.
         allow : the only items that may be, for each history; None = all
+        terms : float32 [prompts, items], finite; added to the items' scores
 
         Raises
         ------
@@ -140,7 +149,10 @@ class TreeSearch:
             raise RuntimeError("dropout would falsify the scores: call model.eval() before a search")
         device, lengths = self.backbone.device, [len(prompt) for prompt in prompts]
         allowed = Allowed.of(self._leaf_of_item, len(prompts), exclude, allow, device)
-        rows = Rows.opened(lengths, _checked(lengths, k), self.items, allowed, device)
+        bounds = None
+        if terms is not None:
+            bounds = Bounds.of(self.expansion.levels, allowed_terms(terms, exclude, allow).to(device))
+        rows = Rows.opened(lengths, _checked(lengths, k), self.items, allowed, bounds, device)
         answers = Answers(rows)
         filled = prefill(self.backbone, [np.asarray(p, np.int32) for p in prompts], self.prefixes, HEADROOM)
         run = Run(selected(rows, filled.order), answers, filled.cache, AppendedTree(device))
@@ -210,8 +222,9 @@ class TreeSearch:
         above, live = rows.open_node[:, :width], live[:, :width, None]
         place = torch.arange(min(width, _FURTHER) if self.config.mode == "exact" else 1, device=above.device)
         at = (below.start[above][..., None] + place).clamp(max=len(below.node) - 1)
-        score, bar_score = decoded(rows.open_key[:, :width])[0], decoded(bar)[0]
-        estimate = score[..., None] + below.log_share[at]
+        estimate, bar_score = rows.open_score[:, :width, None] + below.log_share[at], decoded(bar)[0]
+        if rows.bounds is not None:
+            estimate = estimate + rows.bounds.below(rows.index[:, None, None], below.node[at].long())
         is_further = (place < below.count[above][..., None]) & ~(estimate <= bar_score[:, None, None])
         if rows.allowed is not None:
             node = below.node[at]
@@ -224,8 +237,7 @@ class TreeSearch:
         row, rank = ragged(step.take, step.sizes.nodes)
         node, place = step.node[row, rank], step.place[row, rank]
         is_open = step.levels[row, rank] == 0
-        score, _ = decoded(rows.open_key[row, place])
-        parent = rows.open_parent[row, place]
+        score, parent = rows.open_score[row, place], rows.open_parent[row, place]
         above = torch.zeros_like(node)
         if step.sizes.deepest:
             is_parent = step.node[:, None] == self.trie.parent[step.node][..., None]
@@ -244,7 +256,7 @@ class TreeSearch:
         count = len(rows)
         nodes = Nodes.roots(count, hidden.device)
         logits = None
-        if self.config.score == "valid":  # all rows have the same children: one matrix product
+        if self.score == "valid":  # all rows have the same children: one matrix product
             logits = self.backbone.logits_among(hidden, self.trie.first_token[1 : 1 + self.root_children]).flatten()
             logits = logits / self.logits.temperature
         sizes = Sizes(
@@ -272,7 +284,7 @@ class TreeSearch:
         block = Block.of(slice(0, len(rows)), slice(0, sizes.tokens), sizes.longest, end, mask, row, slot)
         hidden = self.backbone.appended(tokens, position, Packing(row, filled + slot, end, [block]), cache)
 
-        if self.config.score == "valid":
+        if self.score == "valid":
             self._receive(rows, nodes, sizes, hidden[last])
         else:
             chain_left = self.trie.chain_length[nodes.node][owner] - place - 1
@@ -306,18 +318,21 @@ class TreeSearch:
             for _ in range(sizes.deepest):  # one level at a time
                 arrived = torch.where(nodes.is_open, nodes.score, score[nodes.above] + added)
                 score = arrived if of_chain is None else arrived + of_chain
-        key = keys_of(score[entries.owner] + of_entry, self.trie.first_item[entries.node])
+        row = nodes.row[entries.owner]
+        score = reached = score[entries.owner] + of_entry
+        if rows.bounds is not None:
+            score = score + rows.bounds.below(rows.index[row], entries.node)
+        key = keys_of(score, self.trie.first_item[entries.node])
         if sizes.deepest:  # and, having been expanded, they are not open
             at = torch.where(nodes.is_open, sizes.entries, at)
             key = torch.cat([key, key[:1]]).index_fill(0, at, NOTHING)[:-1]
 
-        row = nodes.row[entries.owner]
         if rows.allowed is not None:
             below = rows.allowed.within(rows.index[row], self.trie.lo[entries.node], self.trie.hi[entries.node])
             key = torch.where(below > 0, key, NOTHING)
         is_finished = entries.of_leaf | self.expansion.finished_at_sight[entries.node]
         limit = self.config.node_budget if self.config.mode == "exact" else self.config.width
-        rows.add(row, key, entries.node, nodes.expansion[entries.owner], is_finished, sizes.widest, limit)
+        rows.add(row, key, reached, entries.node, nodes.expansion[entries.owner], is_finished, sizes.widest, limit)
 
     def _entries(self, nodes: Nodes, sizes: Sizes) -> Entries:
         counts = self.expansion.sizes[nodes.node, 1]
@@ -334,7 +349,7 @@ class TreeSearch:
         None where chains add nothing: forced tokens under `valid`, and the root's.
         """
         owner, token = entries.owner, entries.token
-        if self.config.score == "valid":
+        if self.score == "valid":
             logits = self.logits.of(hidden, owner, token) if logits is None else logits
             return None, log_softmax_within(logits, entries.counts, owner)
         if chains is None:

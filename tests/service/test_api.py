@@ -75,15 +75,18 @@ class StandIn:
         return answers
 
     def rank(
-        self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], score: Score | None = None
+        self,
+        histories: Sequence[Sequence[int]],
+        candidates: Sequence[Sequence[int]],
+        search: SearchConfig | None = None,
     ) -> list[list[float]]:
-        self.scores.append(score)
+        self.scores.append(None if search is None else search.score)
         return [[-float(abs(i - h[-1])) for i in items] for h, items in zip(histories, candidates, strict=True)]
 
     def spellings(
-        self, history: Sequence[int], items: Sequence[int], score: Score | None = None
+        self, history: Sequence[int], items: Sequence[int], search: SearchConfig | None = None
     ) -> list[Spelling] | None:
-        self.scores.append(score)
+        self.scores.append(None if search is None else search.score)
         if 15 in history:  # as a collaborative model
             return None
         [scores] = self.rank([history], [items])

@@ -14,6 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from recommender.catalogue.catalogue import Catalogue
+from recommender.config import NewPrior, PriorConfig
 from recommender.recommendation import Recommendation
 from service.answering import answer
 from service.config import ServingConfig
@@ -170,6 +171,33 @@ def test_a_search_may_be_bounded(client: TestClient, recommender: StandIn) -> No
     first, second = recommender.searches
     assert first is not None
     assert (first.width, first.mode, first.score, first.node_budget, second) == (7, "beam", "full", 400, None)
+
+
+def test_priors_may_be_weighed_within_their_limits(client: TestClient, recommender: StandIn) -> None:
+    priors: dict[str, PriorConfig] = {
+        "margin": NewPrior(kind="new", weight=1.0, limits=(0.0, 2.0)),
+        "fixed": NewPrior(kind="new", weight=3.0),
+    }
+    recommender.manifest.search = recommender.manifest.search.model_copy(update={"priors": priors})
+    assert client.post(URL, json={"history": ["B10"], "boost": {"margin": 2}}).status_code == 200
+    [search] = recommender.searches
+    assert search is not None
+    assert {name: config.weight for name, config in (search.priors or {}).items()} == {"margin": 2.0, "fixed": 3.0}
+    rank = {"history": ["B10"], "candidates": ["B12"], "boost": {"margin": 0.5}, "score": "full"}
+    assert client.post("/v1/rank", json=rank).status_code == 200
+    for boost, said in (
+        ({"margin": 2.1}, "must be 0.0 to 2.0"),
+        ({"fixed": 3.0}, "cannot be changed by requests"),
+        ({"stock": 1.0}, "no such prior; it has: margin, fixed"),
+    ):
+        for path, body in ((URL, {}), ("/v1/rank", {"candidates": ["B12"]})):
+            problem = refused(client.post(path, json={"history": ["B10"], "boost": boost, **body}), 422)
+            assert problem["errors"][0]["field"] == f"boost.{next(iter(boost))}"
+            assert said in problem["errors"][0]["message"]
+    nan, json_type = '{"history": ["B10"], "boost": {"margin": NaN}}', {"content-type": "application/json"}
+    refused(client.post(URL, content=nan, headers=json_type), 422)
+    models = client.get("/v1/models").json()["models"]
+    assert models[0]["search"]["priors"]["margin"]["limits"] == [0.0, 2.0]
 
 
 def test_tokens_and_their_log_probabilities_come_when_asked_for(client: TestClient, recommender: StandIn) -> None:

@@ -41,16 +41,18 @@ def test_every_field_has_a_meaning() -> None:
 
 
 def test_every_field_is_shown_also_those_of_nested_kinds() -> None:
-    """The same paths as the JSON schema leads to, but for collaborative models, whose fields stand under
-    `recommender`."""
+    """The same paths as the JSON schema leads to, but for collaborative models, whose fields stand under `recommender`,
+    and for the priors of the endpoint's search, which stand under `search`."""
     shown = {row.path for section in SECTIONS for row in section.rows}
     schema = Experiment.model_json_schema()
     expected = set(_paths(schema, schema, ""))
     assert {"objective.crr_items", "sweep.parameters.<path>.low", "serving.search.width"} <= expected
     assert shown <= expected
     missing = expected - shown
-    assert {path.replace("collaborative.", "recommender.") for path in missing} <= shown
-    assert all(path.startswith("collaborative.") for path in missing)
+    elsewhere = {"collaborative.": "recommender.", "serving.search.priors.": "search.priors."}
+    assert all(path.startswith(tuple(elsewhere)) for path in missing)
+    for here, there in elsewhere.items():
+        assert {path.replace(here, there) for path in missing if path.startswith(here)} <= shown
     assert {section.title for section in SECTIONS if section.title.startswith("collaborative: ")} == {
         f"collaborative: {{kind: {kind}}}" for kind in ("sasrec", "gru4rec", "bert4rec", "caser", "bpr", "bundle")
     }
@@ -62,8 +64,9 @@ def _paths(schema: dict[str, Any], root: dict[str, Any], path: str) -> list[str]
         return _paths(root["$defs"][schema["$ref"].rpartition("/")[2]], root, path)
     found = [each for part in ("anyOf", "oneOf") for each in schema.get(part, [])]
     paths = [below for each in found for below in _paths(each, root, path)]
-    if isinstance(schema.get("additionalProperties"), dict):
-        paths += _paths(schema["additionalProperties"], root, f"{path}<path>.")
+    for by_name in (schema.get("additionalProperties"), *schema.get("patternProperties", {}).values()):
+        if isinstance(by_name, dict):
+            paths += _paths(by_name, root, f"{path}<path>.")
     for name, field in schema.get("properties", {}).items():
         paths += [f"{path}{name}", *_paths(field, root, f"{path}{name}.")]
     return paths

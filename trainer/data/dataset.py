@@ -43,6 +43,7 @@ class Dataset:
         targets: by split: train, validation, test.
         stats: what stats.json holds.
         fingerprint: SHA-256 of the config and of the source files.
+        protocol: leave_one_out, chronological or windows.
     """
 
     path: Path
@@ -53,6 +54,7 @@ class Dataset:
     targets: dict[str, Targets]
     stats: dict[str, Any]
     fingerprint: str
+    protocol: str = "leave_one_out"
 
     @cached_property
     def item_ids(self) -> list[str]:
@@ -87,10 +89,14 @@ class Dataset:
         position = np.arange(len(self.flat_items)) - np.repeat(self.offsets[:-1], lengths)
         return position <= np.repeat(last, lengths)
 
+    @cached_property
+    def times(self) -> np.ndarray:
+        """int64 [N], of all sequences as `flat_items`; places in a sequence where the source gives no times."""
+        return _flat(pq.read_table(self.path / "sequences.parquet", columns=["timestamps"])["timestamps"])[0]
+
     def trained_until(self) -> str:
         """The latest time of what training may see, ISO 8601 in UTC; "" where the data give no points in time."""
-        times, _ = _flat(pq.read_table(self.path / "sequences.parquet", columns=["timestamps"])["timestamps"])
-        latest = int(times[self.seen_in_training].max(initial=0))
+        latest = int(self.times[self.seen_in_training].max(initial=0))
         for power in (0, 3, 6, 9):  # seconds since 1970, or thousandths, … of them; smaller numbers are no such times
             if 10 ** (8 + power) <= latest < 10 ** (11 + power):
                 return datetime.fromtimestamp(latest // 10**power, UTC).isoformat()
@@ -131,6 +137,7 @@ class Dataset:
             targets={split: _load_targets(targets, split) for split in SPLITS},
             stats=stats,
             fingerprint=made_by["fingerprint"],
+            protocol=made_by["protocol"],
         )
 
 

@@ -99,7 +99,7 @@ def evaluate(
         raise UserError(
             f"{bundle}: its catalogue is not the one of {dataset_dir}; prepare the data that it was made for"
         )
-    if search == manifest.search:
+    if manifest.searched(search) == manifest.searched():
         search = None
     config = config.model_copy(update={"floors": tuple(kind for kind in config.floors if kind != manifest.kind)})
     saved = Saved(bundle.parent / EVALUATION / f"{split}-{_settings(manifest, dataset, limit, config, search)}")

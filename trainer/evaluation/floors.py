@@ -52,7 +52,13 @@ def kept_floors(
     Each is fitted on the first use and kept in `directory`, by the hash of the data, its config and the validation that
     chooses its settings.
     """
-    found: dict[str, FloorRecommender] = {}
+    bundles = floor_bundles(dataset, evaluation, directory, say)
+    return {kind: FloorRecommender.load(bundle) for kind, bundle in bundles.items()}
+
+
+def floor_bundles(dataset: Dataset, evaluation: EvaluationConfig, directory: Path, say: Say) -> dict[str, Path]:
+    """The bundles of `kept_floors`, by kind."""
+    found: dict[str, Path] = {}
     for kind in evaluation.floors:
         config = ItemKNNConfig() if kind == "itemknn" else TfidfConfig()
         decisive = [
@@ -75,7 +81,7 @@ def kept_floors(
         except UserError as error:
             say(f"note: no {kind} beside the model: {error}")
         else:
-            found[kind] = FloorRecommender.load(bundle)
+            found[kind] = bundle
     return found
 
 

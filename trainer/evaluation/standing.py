@@ -16,10 +16,10 @@ from trainer.parts import Say
 NAMES = {"model": "model", "most_popular": "most-popular", "itemknn": "ItemKNN", "tfidf": "TF-IDF"}
 _REMEDIES = {
     "most_popular": "it has learnt less than counts tell; look at the losses, train longer, or raise the learning rate",
-    "itemknn": "it misses what follows what; train until its validation metric stops rising, raise the learning rate, "
-    "or try --set recommender.kind=sasrec",
-    "tfidf": "it misses what the titles say; start from a pretrained backbone, spell longer titles "
-    "(identifier.max_tokens), or serve --set recommender.kind=tfidf where items are new",
+    "itemknn": "it misses what follows what; `ilrec blend` adds the counts to its score; or train until its validation "
+    "metric stops rising, raise the learning rate, or try --set recommender.kind=sasrec",
+    "tfidf": "it misses what the titles say; `ilrec blend` adds them to its score; or take a pretrained backbone, "
+    "spell longer titles (identifier.max_tokens), serve --set recommender.kind=tfidf where items are new",
 }
 
 

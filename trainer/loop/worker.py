@@ -256,8 +256,13 @@ def validate(engine: Any, experiment: Experiment, space: ItemSpace, dataset: Dat
     rank, world = dist.get_rank(), dist.get_world_size()
     started = time.monotonic()
     backbone = unsharded(engine, experiment, space)
-    temperature = engine.module.objective.temperature
-    manifest = Manifest(name=experiment.name, search=experiment.search, temperature=temperature)
+    objective = engine.module.objective
+    manifest = Manifest(
+        name=experiment.name,
+        search=experiment.search.model_copy(update={"priors": {}}),  # they are no part of the model that is chosen
+        temperature=objective.temperature,
+        score="valid" if objective.valid_only else "full",
+    )
     recommender = Recommender(space, backbone, manifest)
     evaluation = experiment.evaluation
     split = held_out(dataset, "validation", evaluation.validation_targets)

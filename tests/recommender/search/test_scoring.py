@@ -62,11 +62,11 @@ def test_both_scores_are_at_hand_and_tokens_add_up_to_them(tiny_bundle: Path) ->
         [expected] = by_itself.recommend([[3, 50]], 7)
         assert own.recommend([[3, 50]], 7, search=search) == [expected]
         candidates = [expected.items[4], 120, 120, 3]
-        assert own.rank([[3, 50]], [candidates], score) == by_itself.rank([[3, 50]], [candidates])
+        assert own.rank([[3, 50]], [candidates], search) == by_itself.rank([[3, 50]], [candidates])
         for item, spelling, total in zip(
             candidates,
-            own.spellings([3, 50], candidates, score),
-            own.rank([[3, 50]], [candidates], score)[0],
+            own.spellings([3, 50], candidates, search),
+            own.rank([[3, 50]], [candidates], search)[0],
             strict=True,
         ):
             assert "".join(text for text, _ in spelling) == f" {own.catalogue.titles[item]}</s>"
@@ -74,7 +74,7 @@ def test_both_scores_are_at_hand_and_tokens_add_up_to_them(tiny_bundle: Path) ->
             assert all(value <= 0 for _, value in spelling)
             forced = own.space.trie.prediction_nodes()[slice(*own.space.identifiers.offsets[item : item + 2])] < 0
             assert score == "full" or all(value == 0 for (_, value), no in zip(spelling, forced, strict=True) if no)
-        assert own.spellings([3, 50], candidates) == own.spellings([3, 50], candidates, "valid")
+        assert own.spellings([3, 50], candidates) == own.spellings([3, 50], candidates, SearchConfig(score="valid"))
 
 
 def test_the_score_of_a_candidate_does_not_depend_on_the_others(tiny_bundle: Path) -> None:
@@ -85,7 +85,7 @@ def test_the_score_of_a_candidate_does_not_depend_on_the_others(tiny_bundle: Pat
 
 def test_collaborative_models_rank_candidates_too(collaborative: CollaborativeRecommender) -> None:
     [found] = collaborative.recommend([[3, 5]], 30)
-    [scores] = collaborative.rank([[3, 5]], [list(range(30))], "full")
+    [scores] = collaborative.rank([[3, 5]], [list(range(30))], SearchConfig(score="full"))
     assert collaborative.spellings([3, 5], [1, 2]) is None
     np.testing.assert_allclose(np.array(scores)[found.items], found.scores, atol=1e-6)
 

@@ -105,6 +105,12 @@ def scores_of_all_items(
     return np.array(scores)
 
 
+def random_terms(seed: int, rows: int, items: int) -> np.ndarray:
+    """Terms of both signs; many are equal, so that whole scores tie as well."""
+    generator = np.random.default_rng(seed)
+    return np.round(generator.normal(0, 4, (rows, items)) * (generator.random((rows, items)) < 0.5)).astype(np.float32)
+
+
 def assert_true_top(ranking: Ranking, scores: np.ndarray, k: int, allowed: np.ndarray | None = None) -> None:
     """The answer's scores are the items' own, and no other allowed item has a better one."""
     candidates = np.arange(len(scores)) if allowed is None else np.flatnonzero(allowed)
@@ -444,3 +450,85 @@ def test_a_hundred_thousand_items() -> None:
     rankings = search.search([[1, 2, 3], [4, 5]], 10)
     assert time.perf_counter() - started < 5
     assert all(ranking.exact and len(ranking.items) == 10 for ranking in rankings)
+
+
+# -- Terms that are added to the items' scores ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["valid", "full"])
+@pytest.mark.parametrize("opening", [(), (9, 8)], ids=["open", "common-opening"])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_top_with_terms_is_that_of_enumeration(seed: int, opening: tuple[int, ...], score: str) -> None:
+    model, identifiers, prompts = llama(seed), catalogue(seed, opening=opening), histories(seed)
+    terms = random_terms(seed, len(prompts), len(identifiers))
+    found = tree_search(model, identifiers, score=score, node_budget=1000).search(
+        prompts, 7, terms=torch.from_numpy(terms)
+    )
+    for prompt, ranking, row in zip(prompts, found, terms, strict=True):
+        assert_true_top(ranking, scores_of_all_items(model, prompt, identifiers, score) + row, 7)
+
+
+@pytest.mark.parametrize("score", ["valid", "full"])
+@pytest.mark.parametrize("seed", range(4))
+def test_filters_and_terms(seed: int, score: str) -> None:
+    model, identifiers, prompts = llama(seed), catalogue(seed, items=40), histories(seed)
+    terms = random_terms(seed, len(prompts), len(identifiers))
+    generator = np.random.default_rng(seed)
+    best = [np.argsort(-row)[:5].tolist() for row in terms]  # what the terms like most is what may not come
+    allow = [None, generator.permutation(40)[:12].tolist(), best[2] + [0, 1, 2], None]
+    exclude = [best[0], best[1], [], generator.permutation(40)[:30].tolist()]
+    search = tree_search(model, identifiers, score=score, node_budget=1000)
+    found = search.search(prompts, 6, exclude, allow, torch.from_numpy(terms))
+    for row, (prompt, ranking) in enumerate(zip(prompts, found, strict=True)):
+        allowed = np.ones(40, bool) if allow[row] is None else np.isin(np.arange(40), allow[row])
+        allowed[exclude[row]] = False
+        scores = scores_of_all_items(model, prompt, identifiers, score) + terms[row]
+        assert_true_top(ranking, scores, 6, allowed)
+
+
+def test_a_list_with_terms_is_the_same_in_any_batch() -> None:
+    model, identifiers, prompts = llama(), catalogue(0, items=60), histories(0, 6)
+    terms = torch.from_numpy(random_terms(0, 6, 60))
+    search = tree_search(model, identifiers, node_budget=1000)
+    together = search.search(prompts, 5, terms=terms)
+    for row, prompt in enumerate(prompts):
+        [alone] = search.search([prompt], 5, terms=terms[row : row + 1])
+        assert alone.items.tolist() == together[row].items.tolist()
+
+
+def test_terms_of_nothing_change_nothing() -> None:
+    model, identifiers, prompts = llama(), catalogue(0), histories(0)
+    search = tree_search(model, identifiers)
+    plain, zeros = search.search(prompts, 5), search.search(prompts, 5, terms=torch.zeros(len(prompts), 30))
+    for one, other in zip(plain, zeros, strict=True):
+        assert one.items.tolist() == other.items.tolist()
+        assert one.scores.tolist() == other.scores.tolist()
+        assert one.expansions == other.expansions
+
+
+def test_equal_scores_rank_in_the_order_of_the_catalogue() -> None:
+    """Where the terms outweigh everything, items of one term come by what the model says, and ties by their index."""
+    model, identifiers = llama(), [[1, 2, END], [1, 3, END], [2, 1, END], [2, 4, END]]
+    [plain] = tree_search(model, identifiers).search([[5]], 4)
+    terms = torch.zeros(1, 4)
+    terms[0, plain.items.tolist()] = -torch.from_numpy(plain.scores)
+    [ranking] = tree_search(model, identifiers).search([[5]], 4, terms=terms)
+    assert ranking.items.tolist() == sorted(
+        ranking.items.tolist(),
+        key=lambda i: (-np.float32(plain.scores[plain.items.tolist().index(i)] + terms[0, i].item()), i),
+    )
+    assert ranking.scores.tolist() == [0.0] * 4
+    assert ranking.items.tolist() == [0, 1, 2, 3]
+
+
+def test_good_terms_make_a_search_shorter() -> None:
+    """A prior that knows where the good items are bounds the others away."""
+    model, identifiers, prompts = llama(scale=2.0), catalogue(3, items=80, alphabet=4), histories(3)
+    search = tree_search(model, identifiers, node_budget=1000, width=1)
+    plain = search.search(prompts, 3)
+    terms = torch.full((len(prompts), 80), -20.0)
+    for row, ranking in enumerate(plain):
+        terms[row, ranking.items.tolist()] = 0.0
+    found = search.search(prompts, 3, terms=terms)
+    assert [each.items.tolist() for each in found] == [each.items.tolist() for each in plain]
+    assert sum(each.expansions for each in found) < sum(each.expansions for each in plain) / 2
