@@ -134,7 +134,7 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
 
 def _is_by_name(annotation: Any) -> bool:
     """Whether the configs that an annotation names are values of a dictionary."""
-    return dict in map(get_origin, (annotation, *get_args(annotation)))
+    return any(get_origin(each) is dict for each in (annotation, *get_args(annotation)))
 
 
 def _tag(model: type[BaseModel]) -> str | None:
