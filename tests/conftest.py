@@ -26,6 +26,7 @@ os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for each ru
 _CLUSTERS = ("service/", "deploy/", "trainer/loop/test_survival.py")  # Serve, job servers, clusters of several nodes
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """In two processes (`pytest -n 2 --dist loadgroup`): what shares a Ray runs in one of them, so do endpoints and
     clusters; all else goes by file to whoever is free.
