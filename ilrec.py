@@ -499,9 +499,10 @@ class Experiment:
         from recommender.bundle import read_manifest
         from trainer.data.dataset import Dataset
         from trainer.evaluation.floors import floors_of
-        from trainer.evaluation.standing import standing_on_validation
+        from trainer.evaluation.standing import on_validation, standing
         from trainer.fit import check_model, train
         from trainer.prepare import prepare
+        from trainer.reporting.curves import add_floors
         from trainer.run import alone
 
         check_model(experiment)
@@ -509,10 +510,11 @@ class Experiment:
             prepared = prepare(experiment, self.say)
             version = train(experiment, prepared, self.say, fresh)
         dataset, manifest = Dataset.load(prepared.dataset), read_manifest(version.bundle)
-        stands = standing_on_validation(manifest, dataset, experiment.evaluation, floors_of(experiment), self.say)
+        metrics = on_validation(manifest, dataset, experiment.evaluation, floors_of(experiment), self.say)
+        add_floors(experiment, version.directory, metrics, self.say)
         self.say(f"bundle: {version.bundle}\nreport: {version.directory}/report.html")
         self._conclude(version, promote)
-        self.say(f"validation: {stands}")
+        self.say(f"validation: {standing(metrics, {})}")
         return version
 
     def tune(self, fresh: bool = False, promote: bool = False) -> Sweep:
@@ -593,6 +595,7 @@ class Experiment:
         from trainer.evaluation.saved import per_target_of
         from trainer.evaluation.standing import standing
         from trainer.prepare import prepare
+        from trainer.reporting.curves import add_evaluation
         from trainer.reporting.report import write_report
         from trainer.run import CONFIG, SWEEP
 
@@ -615,6 +618,7 @@ class Experiment:
         run = bundle.parent
         if (run / CONFIG).exists() and not (run / SWEEP).exists():  # a sweep has a report of its own
             self.say(f"report: {write_report(experiment, run, prepared)}")
+            add_evaluation(experiment, run, report, self.say)
         difference = None if other is None else compare(saved.per_target, other)
         return Evaluation(report, saved.directory, standing(report.metrics, report.differences), difference)
 

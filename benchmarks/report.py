@@ -16,6 +16,7 @@ from benchmarks.runs import Run, Study
 from benchmarks.statistics import paired_difference
 from recommender.errors import UserError
 from recommender.metrics import metric_values
+from trainer.evaluation.standing import NAMES
 
 COMPARED = ("NDCG@10", "HR@10")
 SHOWN = ("HR@5", "HR@10", "NDCG@10")
@@ -48,31 +49,34 @@ def make_report(study: Study) -> dict[str, Any]:
     }
     if not finished:
         return report
-    targets, values = _per_target(finished)
+    targets, values, floors = _per_target(finished)
     users = targets["user_id"].to_numpy(zero_copy_only=False)
     report |= {"targets": len(users), "users": len(np.unique(users))}
-    report["most_popular"] = next(iter(finished.values()))[0].test["metrics"]["most_popular"]
+    report["floors"] = {
+        floor: {"test": {metric: float(each.mean()) for metric, each in of.items()}} for floor, of in floors.items()
+    }
     for method, runs in finished.items():
         report["methods"][method] = _row(study, method, runs, values[method])
     if config.reference in finished:
-        for method in finished.keys() - {config.reference}:
-            report["methods"][method]["difference"] = {
-                metric: _difference(values[method][metric], values[config.reference][metric], users)
-                for metric in COMPARED
+        compared = [(report["methods"][method], values[method]) for method in finished.keys() - {config.reference}]
+        for row, of in [*compared, *((report["floors"][floor], of) for floor, of in floors.items())]:
+            row["difference"] = {
+                metric: _difference(of[metric], values[config.reference][metric], users) for metric in COMPARED
             }
     return report
 
 
-def _per_target(finished: dict[str, list[Run]]) -> tuple[pa.Table, dict[str, Values]]:
-    """The targets, and by method and metric the per-target values [seeds, targets]."""
+def _per_target(finished: dict[str, list[Run]]) -> tuple[pa.Table, dict[str, Values], dict[str, Values]]:
+    """The targets, and by method and metric the per-target values [seeds, targets]; by floor the same [1, targets]."""
     targets: pa.Table | None = None
     values: dict[str, Values] = {}
+    floors: dict[str, Values] = {}
     for method, runs in finished.items():
         ranks = []
         for run in runs:
             path = run.evaluation.per_target
-            table = pq.read_table(path, columns=["user_id", "target_item_id", "rank"])
-            who = table.drop_columns(["rank"])
+            table = pq.read_table(path)
+            who = table.select(["user_id", "target_item_id"])
             targets = who if targets is None else targets
             if not targets.equals(who):
                 raise UserError(
@@ -80,10 +84,13 @@ def _per_target(finished: dict[str, list[Run]]) -> tuple[pa.Table, dict[str, Val
                     "directories of the runs on the old data, or give the study another name"
                 )
             ranks.append(table["rank"].to_numpy())
+            for floor in NAMES:  # the same in each, but that a method which is a floor has none of itself beside it
+                if floor not in floors and f"{floor}_rank" in table.column_names:
+                    floors[floor] = metric_values(table[f"{floor}_rank"].to_numpy()[None], [5, 10])
         cutoffs = [int(name.removeprefix("HR@")) for name in runs[0].test["metrics"]["model"] if name.startswith("HR@")]
         values[method] = metric_values(np.stack(ranks), sorted({5, 10, *cutoffs}))
     assert targets is not None
-    return targets, values
+    return targets, values, floors
 
 
 def _row(study: Study, method: str, runs: Sequence[Run], values: Values) -> dict[str, Any]:
@@ -156,8 +163,8 @@ def _methods(report: dict[str, Any]) -> str:
         trial = f"{row['trial']} (of {row['of']})" if row["of"] else f"{row['trial']} of {row['trials']}"
         shown = [_spread(row["test"][each]) for each in SHOWN]
         rows.append([name, trial, _spread(row["validation"]), *shown, f"{row['seconds']:.0f}"])
-    popular = [f"{report['most_popular'][each]:.4f}" if each in report["most_popular"] else "–" for each in SHOWN]
-    rows.append(["most popular", "", "", *popular, ""])
+    for floor, row in report["floors"].items():
+        rows.append([NAMES[floor], "floor", "", *(f"{row['test'][each]:.4f}" for each in SHOWN), ""])
     exact = min(row["exact_rate"] for row in report["methods"].values())
     invalid = max(row["invalid_rate"] for row in report["methods"].values())
     note = f"Proven exact: at least {exact:.1%} of any run's lists. Invalid: at most {invalid:.1%} of their items.\n"
@@ -174,7 +181,9 @@ def _choices(report: dict[str, Any]) -> str:
 
 
 def _differences(report: dict[str, Any]) -> str:
-    compared = {name: row["difference"] for name, row in report["methods"].items() if "difference" in row}
+    floors = {NAMES[floor]: row for floor, row in report["floors"].items()}
+    rows_of = {**report["methods"], **floors}
+    compared = {name: row["difference"] for name, row in rows_of.items() if "difference" in row}
     if not compared:
         return ""
     header = ["method"]

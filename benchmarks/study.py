@@ -4,7 +4,7 @@
 
 Each trial of each method is trained with the first seed; the one with the best validation is the method, and is trained
 with the other seeds as well. An ablation takes over the trial of the method that it is an ablation of. Only then, and
-once, is anything tested.
+once, is anything tested. The floors stand in the tables as well, from the same evaluations.
 
 Interrupted, or a run failed? The same command goes on, and repeats nothing that is finished. Everything lies in
 <storage>/<study>: the report, and a directory and a log for each run.

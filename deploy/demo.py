@@ -160,6 +160,13 @@ def print_audience(report: Report) -> None:
     for name in report.lists["model"]:
         table.add_row(name, *(f"{figures[name]:.3f}" for figures in report.lists.values()))
     console.print(table)
+    if chosen := report.candidates:
+        of = ", ".join(f"{NAMES[system]} {figures['HR@1']:.4f}" for system, figures in chosen["systems"].items())
+        valid = min(figures["valid"] for figures in chosen["systems"].values())
+        console.print(
+            f"HR@1 of {chosen['items']:g} candidates ({chosen['targets']:,} targets): {of}; valid ratio {valid:g}, as "
+            "nothing but the candidates is scored"
+        )
     found = report.reachable
     console.print(
         f"{found['unseen']:.1%} of the targets are unseen in training, {found['seen']:.1%} stand in their own history; "

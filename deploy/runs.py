@@ -44,7 +44,8 @@ def _what(run: Run) -> str:
 
 
 def print_comparison(storage: Path, names: Sequence[str], say: Say) -> None:
-    """What tells runs apart: their fields, their metrics, and the paired differences of the first to the others."""
+    """What tells runs apart: their fields, their metrics, whom they serve well, the floors beside them, and the paired
+    differences of the first to the others."""
     if len(names) < 2:
         raise UserError("name two runs or more: ilrec runs compare A B")
     runs = [named_run(storage, name) for name in names]
@@ -57,9 +58,27 @@ def print_comparison(storage: Path, names: Sequence[str], say: Say) -> None:
     for name in dict.fromkeys(name for run in runs for name in run.test):
         table.add_row(f"test {name}", *(_figure(run.test.get(name)) for run in runs))
     Console().print(table)
+    _print_segments(runs)
     first = runs[0]
     for other in runs[1:]:
         say(_paired(first, other))
+
+
+def _print_segments(runs: Sequence[Run]) -> None:
+    """The test targets of the runs by popularity, the floors beside; nothing where none was evaluated."""
+    files = {run.name: run.per_target for run in runs if run.per_target is not None}
+    if not files:
+        return
+    from trainer.evaluation.side_by_side import side_by_side
+
+    found = side_by_side(files)
+    if not found:
+        return
+    systems = [name for name in found["all targets"] if name != "targets"]
+    table = Table("test NDCG@10 of …", "targets", *systems)
+    for label, of in found.items():
+        table.add_row(label, f"{of['targets']:,}", *(_figure(of[system]) for system in systems))
+    Console().print(table)
 
 
 def prune(storage: Path, keep: int | None, parts: bool, agreed: bool, confirm: Callable[[str], bool], say: Say) -> None:

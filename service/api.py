@@ -15,6 +15,7 @@ from recommender.catalogue.columns import values_of
 from recommender.errors import UserError
 from recommender.recommendation import Recommendation
 from service import docs, playground, problems, queries, schema
+from service.answering import answer
 from service.auth import Bearer, read_tokens
 from service.batching import Busy
 from service.limits import BodyLimit
@@ -81,8 +82,8 @@ def create_api(models: Models, answer_request_id: bool = True) -> FastAPI:
         openapi_extra=_body(requests.recommend),
     )
     async def recommend(request: Request) -> schema.RecommendationResponse:
-        [answer] = await asking.recommendations(request, [await _parsed(requests.recommend, request)], [""])
-        return answer
+        [answered] = await asking.recommendations(request, [await _parsed(requests.recommend, request)], [""])
+        return answered
 
     @api.post(
         "/v1/recommendations/batch",
@@ -183,13 +184,13 @@ class _Asking:
         resolved = [resolver.query(each) for resolver, each in zip(resolvers, asked, strict=True)]
         _refuse_faults(resolvers)
         self._note(request, chosen, requests=len(asked), history=[each.history for each in asked])
-        found = await self._answers(chosen, resolved)
+        found, by_floor = await self._answers(chosen, resolved)
         took = round((time.perf_counter() - started) * 1e3, 2)
         answers = []
         for place, (served, query, each) in enumerate(zip(chosen, resolved, found, strict=True)):
-            fallback = not query.history
+            fallback = by_floor or not query.history
             self.metrics.list(served.name, each, fallback)
-            answer = schema.RecommendationResponse(
+            answered = schema.RecommendationResponse(
                 items=_ranked(served, each),
                 exact=each.exact,
                 complete=len(each.items) == query.k,
@@ -200,8 +201,8 @@ class _Asking:
                 latency_ms=took,
             )
             if self._feedback is not None:
-                self._feedback.write(request.scope["request_id"], place, answer)
-            answers.append(answer)
+                self._feedback.write(request.scope["request_id"], place, answered)
+            answers.append(answered)
         return answers
 
     async def ranking(self, request: Request, asked: schema.RankRequest) -> schema.RankResponse:
@@ -212,10 +213,10 @@ class _Asking:
         query = resolver.rank_query(asked)
         _refuse_faults([resolver])
         self._note(request, [served], candidates=len(query.candidates), history=[asked.history])
-        [found] = await self._answers([served], [query])
+        [found], by_floor = await self._answers([served], [query])
         return schema.RankResponse(
             items=_ranked(served, found),
-            fallback=not query.history,
+            fallback=by_floor or not query.history,
             ignored=query.ignored,
             model=served.name,
             model_version=served.version,
@@ -224,8 +225,11 @@ class _Asking:
 
     async def _answers(
         self, chosen: Sequence[Queued], asked: Sequence[queries.Query | queries.RankQuery]
-    ) -> list[Recommendation]:
-        """Wait for the answers, or give up.
+    ) -> tuple[list[Recommendation], bool]:
+        """Wait for the answers; where there is no room or it took too long, let floors answer, or give up.
+
+        Returns:
+            The answers, and whether floors gave them.
 
         Raises:
             Problem: 503 where there is no room, 504 when it took too long, 422 for what the recommender cannot answer.
@@ -235,21 +239,28 @@ class _Asking:
             async with asyncio.timeout(self.config.timeout_seconds):
                 for served, query in zip(chosen, asked, strict=True):
                     futures.append(served.batcher.submit(query))
-                return await asyncio.gather(*futures)
-        except Busy as busy:
-            self.metrics.refused("busy")
-            retry = {"retry-after": str(busy.retry_after)}
-            message = f"too many requests wait; try again in {busy.retry_after} s"
-            raise Problem(HTTPStatus.SERVICE_UNAVAILABLE, message, headers=retry) from None
-        except TimeoutError:
-            self.metrics.refused("timeout")
-            message = f"not answered within {self.config.timeout_seconds:g} s; ask for less, or again later"
-            raise Problem(HTTPStatus.GATEWAY_TIMEOUT, message) from None
+                return await asyncio.gather(*futures), False
+        except (Busy, TimeoutError) as reason:
+            substitutes = [substitute for served in chosen if (substitute := served.substitute) is not None]
+            if len(substitutes) < len(chosen):
+                raise self._refused(reason) from None
+            floors = zip(substitutes, asked, strict=True)
+            return await asyncio.to_thread(lambda: [answer(floor, [query])[0] for floor, query in floors]), True
         except UserError as error:
             raise Problem.of_fields([FieldError(field="history", message=str(error))]) from error
         finally:
             for future in futures:
                 future.cancel()
+
+    def _refused(self, reason: Busy | TimeoutError) -> Problem:
+        if isinstance(reason, Busy):
+            self.metrics.refused("busy")
+            retry = {"retry-after": str(reason.retry_after)}
+            message = f"too many requests wait; try again in {reason.retry_after} s"
+            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, message, headers=retry)
+        self.metrics.refused("timeout")
+        message = f"not answered within {self.config.timeout_seconds:g} s; ask for less, or again later"
+        return Problem(HTTPStatus.GATEWAY_TIMEOUT, message)
 
     def _note(
         self, request: Request, chosen: Sequence[Served], history: Sequence[Sequence[str]], **details: int

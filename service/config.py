@@ -87,10 +87,13 @@ class ServingConfig(StrictModel):
         "prompt.history. 0 keeps none.",
     )
     search: SearchConfig | None = Field(None, description="In place of the bundles' own search settings.")
-    fallback: Literal["popular", "none"] = Field(
+    fallback: str = Field(
         "popular",
-        description="What answers a history without a known item. popular: the most popular items under the request's "
-        "filters, marked as a fallback; none: such requests are refused with 422.",
+        min_length=1,
+        description="What answers where a model cannot, under the request's filters and marked as a fallback. popular: "
+        "the most popular items, for a history without a known item; none: such requests are refused with 422; the "
+        "name, name@version or path of an itemknn or tfidf: as popular, and this floor for requests that would be "
+        "refused because too many wait (503) or time is over (504).",
     )
     token_file: str | None = Field(
         None, description="A file of bearer tokens, one a line, on every node; requests must then bring one of them."
@@ -112,6 +115,16 @@ class ServingConfig(StrictModel):
     def _absolute(cls, path: str | None) -> str | None:
         """Replicas run in directories of their own."""
         return path and str(Path(path).expanduser().absolute())
+
+    @field_validator("fallback")
+    @classmethod
+    def _absolute_if_a_path(cls, reference: str) -> str:
+        return cls._absolute(reference) or "" if "/" in reference or reference.startswith((".", "~")) else reference
+
+    @property
+    def floor(self) -> str | None:
+        """The floor that `fallback` names, if it does."""
+        return None if self.fallback in ("popular", "none") else self.fallback
 
     @model_validator(mode="after")
     def _fits(self) -> ServingConfig:

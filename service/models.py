@@ -8,6 +8,7 @@ import asyncio
 import gc
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from recommender import golden
 from recommender.backbone.bases import Bases
 from recommender.bundle import peek_manifest
 from recommender.errors import UserError
+from recommender.floors.recommender import FloorRecommender
 from recommender.loading import load_recommender
 from recommender.models import Model, Version, default_storage, find_bundle
 from recommender.recommendation import AnyRecommender, Recommendation
@@ -26,6 +28,7 @@ from service.logs import logger
 from service.metrics import Metrics
 from service.queries import Query, RankQuery
 from service.served import Served
+from service.substitute import load_floor
 
 _CONFIG = "models"  # all that a swap names
 
@@ -39,6 +42,7 @@ class Queued(Served):
         config: the endpoint's.
         thread: that the replica's recommenders share.
         metrics: told of its batches.
+        floor: answers where the recommender has no room or no time.
     """
 
     def __init__(
@@ -49,8 +53,9 @@ class Queued(Served):
         config: ServingConfig,
         thread: SearchThread,
         metrics: Metrics,
+        floor: FloorRecommender | None = None,
     ):
-        super().__init__(name, recommender, fallback=config.fallback == "popular")
+        super().__init__(name, recommender, config.fallback != "none", floor)
         self.bundle = bundle
         self.version: int | None = recommender.manifest.version
         self.batcher: Batcher[Query | RankQuery, Recommendation] = Batcher(
@@ -214,4 +219,14 @@ class Models:
         return served.recommender.manifest.checksum == peek_manifest(bundle).checksum
 
     def _around(self, name: str, bundle: Path | None, recommender: AnyRecommender) -> Queued:
-        return Queued(name, bundle, recommender, self.config, self._thread, self.metrics)
+        return Queued(name, bundle, recommender, self.config, self._thread, self.metrics, self._floor)
+
+    @cached_property
+    def _floor(self) -> FloorRecommender | None:
+        """What `fallback` names, opened once.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        reference = self.config.floor
+        return None if reference is None else load_floor(find_bundle(reference, self._storage))

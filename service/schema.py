@@ -52,6 +52,10 @@ EXAMPLE_ITEM: dict[str, Any] = {
 }
 
 
+_FALLBACK = (
+    "Whether another one answered for the model: popularity, as the history held no known item, or the floor that "
+    "`serving.fallback` names, as the model had no room or no time."
+)
 _SCORE = (
     "valid: the probability of each token among those that lead to an item; full: among the whole vocabulary, as "
     "`generate` ranks; default: the model's own."
@@ -216,7 +220,7 @@ class RankResponse(BaseModel):
     )
 
     items: list[RankedItem] = Field(description="Best first.")
-    fallback: bool = Field(description="Whether the history held no known item, so that popularity ranks.")
+    fallback: bool = Field(description=_FALLBACK)
     ignored: list[str] = Field(description="Items of the history that the catalogue does not hold.")
     model: str = Field(description="Name of the model that answered.")
     model_version: int | None = Field(None, description="Its version; absent where its bundle has none.")

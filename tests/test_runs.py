@@ -59,11 +59,13 @@ def finish(run: Path, history: list[Any], base: dict[str, str] | None = None, **
     write_bundle(run / "bundle", Manifest(name=run.parent.name, base=base or {}, recommender=recommender), weights)
 
 
-def evaluate(run: Path, ranks: list[int], users: str = "abcd", name: str = "test-1", at: str = "1") -> None:
+def evaluate(
+    run: Path, ranks: list[int], users: str = "abcd", name: str = "test-1", at: str = "1", **columns: list[int]
+) -> None:
     model = {"NDCG@10": 0.5, "HR@10": 0.75}
     report = {"metrics": {"model": model, "most_popular": model}, "evaluated_at": at}
     write(run / "evaluation" / name / "report.json", report)
-    table = {"user_id": list(users), "target_item_id": ["x"] * 4, "rank": ranks}
+    table = {"user_id": list(users), "target_item_id": ["x"] * 4, "rank": ranks, **columns}
     pq.write_table(pa.table(table), run / "evaluation" / name / "targets.parquet")
 
 
@@ -158,6 +160,31 @@ def test_compare_prints_what_differs(storage: Path) -> None:
     assert "test HR@10 0.7500 0.7500" in rows
     gain = (1 - 1 / 1.5849625 + 1 / 1.5849625) / 4  # of the second and the third target
     assert f"test NDCG@10 {gain:+.4f}, 95 % interval" in text
+
+
+def test_compare_parts_the_targets_and_has_the_floors_beside(
+    storage: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    print_comparison(storage, ["lm@1", "sasrec"], lambda text: None)
+    assert "NDCG@10 of" not in capsys.readouterr().out  # evaluations of earlier releases
+    parted = {"target_popularity": [0, 1, 3, 9], "history_length": [2] * 4, "itemknn_rank": [0, 1, 1, 0]}
+    evaluate(storage / "lm" / "1", [1, 1, 2, 0], name="test-2", at="2", **parted)
+    tfidf = {"most_popular_rank": [9, 0, 0, 1], "tfidf_rank": [1, 0, 0, 0]}
+    evaluate(storage / "sasrec" / "1", [1, 2, 0, 0], name="test-2", at="2", **parted, **tfidf)
+    print_comparison(storage, ["lm@1", "sasrec"], lambda text: None)
+
+    def printed() -> str:
+        return " ".join(capsys.readouterr().out.replace("│", " ").replace("┃", " ").split())
+
+    rows = printed()
+    assert "test NDCG@10 of … targets lm@1 sasrec@1 most-popular ItemKNN TF-IDF" in rows
+    assert "all targets 4 0.6577 0.4077 0.3253 0.5000 0.2500" in rows
+    assert "unseen in training 1 1.0000 1.0000 0.3010 0.0000 1.0000" in rows
+    assert "head: 9 times in training 1 0.0000 0.0000 1.0000 0.0000 0.0000" in rows
+    evaluate(storage / "sasrec" / "1", [1, 1, 1, 1], users="abce", name="test-3", at="3", **parted)
+    print_comparison(storage, ["lm@1", "sasrec"], lambda text: None)
+    assert "test NDCG@10 of … targets lm@1 ItemKNN" in printed()
 
 
 def test_compare_says_what_is_missing(storage: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from recommender.bundle import peek_manifest
 from recommender.catalogue.catalogue import Catalogue
 from recommender.config import PresetBackbone
 from recommender.files import digest, read_json, sha256, write_json
+from recommender.items.identifiers import title_losses
 from recommender.items.item_space import ItemSpace
 from recommender.recommender import language_model_manifest
 from trainer.config import LanguageModelConfig
@@ -22,7 +24,8 @@ from trainer.experiment import Experiment
 from trainer.parts import SPELLING, Prepared, Say, make_part
 from trainer.world.simulator import WORLD, simulate
 
-_SPELLING_VERSION = 1
+_SPELLING_VERSION = 2
+_WORTH_A_WORD = 0.01  # a share from which on something is worth a hint
 
 
 def prepare(experiment: Experiment, say: Say = print) -> Prepared:
@@ -35,6 +38,8 @@ def prepare(experiment: Experiment, say: Say = print) -> Prepared:
     dataset = prepare_dataset(source_of(experiment, say), experiment.parts / "datasets", progress=say)
     if not len(dataset.targets["validation"].position):
         say("note: there is no validation target, and `ilrec train` needs some to choose the best epoch; add data")
+    for line in remarks(dataset.stats, experiment.evaluation.exclude_seen):
+        say(line)
     if not isinstance(experiment.recommender, LanguageModelConfig):
         return Prepared(dataset.path, None, world)
     catalogue = Catalogue(dataset.item_ids, dataset.titles, dataset.items_table)
@@ -48,9 +53,49 @@ def prepare(experiment: Experiment, say: Say = print) -> Prepared:
         write_json(aside / SPELLING, spelling_stats(space))
 
     make_part(directory, SPELLING, write, say)
-    tokens = read_json(directory / SPELLING)["tokens_per_item"]
-    say(f"items: {len(catalogue)} are spelled in {tokens:.1f} tokens each")
+    say(spelled(len(catalogue), read_json(directory / SPELLING), experiment.identifier.max_tokens))
     return Prepared(dataset.path, directory, world)
+
+
+def remarks(stats: Mapping[str, Any], exclude_seen: bool) -> Iterator[str]:
+    """What a dataset's statistics say of its held-out targets: which are hard to reach, and what stands before them."""
+    for step in stats["steps"]:
+        if "histories" in step:
+            longest = max((of["longest_history"] for of in stats["held_out"].values()), default=0)
+            yield (
+                f"histories of held-out targets: {step['histories']} (data.histories), up to {longest:,} items; a "
+                f"published window has {step['longest_window']:,} at most"
+            )
+    shares = {name: {split: of[name] for split, of in stats["held_out"].items()} for name in ("unseen", "seen")}
+    if unseen := shares["unseen"]:
+        hint = "; only what the titles say can name them" if max(unseen.values()) > _WORTH_A_WORD else ""
+        yield f"targets unseen in training: {_of_splits(unseen)}{hint}"
+    if seen := shares["seen"]:
+        hint = ""
+        if max(seen.values()) > _WORTH_A_WORD:
+            hint = "; evaluation.exclude_seen would make them unreachable, and is off"
+            if exclude_seen:
+                hint = "; evaluation.exclude_seen makes them unreachable: turn it off, unless nothing should repeat"
+        yield f"targets in their own history: {_of_splits(seen)}{hint}"
+
+
+def _of_splits(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{share:.1%} of {split}" for split, share in shares.items())
+
+
+def spelled(items: int, stats: Mapping[str, Any], max_tokens: int) -> str:
+    """What the spelling's statistics say of the titles: how many lose words, or are spelled as another one's."""
+    cut, alike, once_cut = stats["cut_titles"], stats["colliding_titles"], stats["colliding_once_cut"]
+    said = f"items: {items:,} are spelled in {stats['tokens_per_item']:.1f} tokens each"
+    if cut:
+        said += f"; {cut:,} titles ({cut / items:.1%}) are cut at {max_tokens} tokens"
+    if alike:
+        said += f"; {alike:,} ({alike / items:.1%}) are spelled like an earlier one and get a suffix"
+    if once_cut:
+        said += f", {once_cut:,} of them only once cut"
+    if once_cut > _WORTH_A_WORD * items:
+        said += ": raise identifier.max_tokens"
+    return said
 
 
 def source_of(experiment: Experiment, say: Say) -> DataConfig:
@@ -99,7 +144,8 @@ def _tokenizer_name(experiment: Experiment, catalogue: Catalogue) -> Any:
 
 
 def spelling_stats(space: ItemSpace) -> dict[str, float]:
-    """Tokens per item, and the average number of valid tokens per response position (MSL, Table 4), over all items."""
+    """Tokens per item, the average number of valid tokens per response position (MSL, Table 4), over all items, and
+    what cutting does to titles."""
     nodes = space.trie.prediction_nodes()
     valid = np.where(nodes >= 0, space.trie.child_count[nodes], 1)
     return {
@@ -107,4 +153,5 @@ def spelling_stats(space: ItemSpace) -> dict[str, float]:
         "valid_tokens_per_position": float(valid.mean()),
         "branching_positions": float((nodes >= 0).mean()),
         "root_children": int(space.trie.child_count[0]),
+        **title_losses(space.catalogue.titles, space.tokenizer, space.identifier_config),
     }

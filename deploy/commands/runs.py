@@ -35,7 +35,10 @@ def compare_runs(
     names: Annotated[list[str], typer.Argument(metavar="RUN RUN …", help="name@2, or a name: its latest version.")],
     storage: Storage = Path("runs"),
 ) -> None:
-    """The fields in which runs differ, their metrics, and the first's paired difference to each of the others."""
+    """The fields in which runs differ, their metrics, and the first's paired difference to each of the others.
+
+    Beside them the floors, and NDCG@10 by popularity of the targets, those unseen in training first.
+    """
     from deploy.runs import print_comparison
 
     print_comparison(storage, names, say)

@@ -72,6 +72,27 @@ def spell_titles(
     return Identifiers(np.concatenate([*pieces, tokens[done:]]), np.concatenate([[0], np.cumsum(lengths)]), end)
 
 
+def title_losses(titles: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: IdentifierConfig) -> dict[str, int]:
+    """What `spell_titles` does to titles.
+
+    Returns:
+        cut_titles: those longer than `config.max_tokens`; colliding_titles: those spelled like an earlier one, which
+        get a suffix; colliding_once_cut: those of them that are only because of the cut.
+    """
+    cut, whole, kept = 0, set(), set()
+    for begin in range(0, len(titles), _AT_ONCE):
+        texts = [config.template.replace("{title}", title) for title in titles[begin : begin + _AT_ONCE]]
+        for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]:
+            cut += len(ids) > config.max_tokens
+            whole.add(tuple(ids))
+            kept.add(tuple(ids[: config.max_tokens]))
+    return {
+        "cut_titles": cut,
+        "colliding_titles": len(titles) - len(kept),
+        "colliding_once_cut": len(whole) - len(kept),
+    }
+
+
 def _encode(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, end: int, limit: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -51,6 +51,7 @@ STUDY: dict[str, Any] = {
 }
 # Validation by method and trial: the second trial of ilrec and the first of the others win.
 VALIDATION = {"lml-1": 0.3, "lml-2": 0.2, "ilrec-1": 0.4, "ilrec-2": 0.5, "sasrec-1": 0.25, "sasrec-2": 0.25}
+FLOOR_RANKS = {"most_popular": [1] * 30 + [0] * 270, "itemknn": [2] * 150 + [0] * 150}  # of 300 targets
 SKILL = {"lml": 0.3, "ilrec": 0.5, "no-cpd": 0.4, "sasrec": 0.2}  # share of the targets that are found
 
 
@@ -99,7 +100,9 @@ class Pretence:
             rng = np.random.default_rng([len(method), int(seed[1:])])
             ranks = np.where(rng.random(TARGETS) < SKILL[method], rng.integers(1, 11, TARGETS), 0)
             targets = {"user_id": [f"u{n}" for n in range(TARGETS)], "target_item_id": ["i1"] * TARGETS}
-            pq.write_table(pa.table({**targets, "rank": ranks}), run / "evaluation" / "test-1" / "targets.parquet")
+            beside = {f"{floor}_rank": FLOOR_RANKS[floor] for floor in FLOOR_RANKS if floor != method}
+            table = pa.table({**targets, "rank": ranks, **beside})
+            pq.write_table(table, run / "evaluation" / "test-1" / "targets.parquet")
             values = {metric: float(each.mean()) for metric, each in metric_values(ranks, [1, 5, 10, 20]).items()}
             report = {"metrics": {"model": values, "most_popular": values}, "exact_rate": 1.0, "invalid_rate": 0.0}
             (run / "evaluation" / "test-1" / "report.json").write_text(json.dumps(report))
@@ -271,7 +274,13 @@ def test_the_report_says_what_the_files_say(study: Callable[..., Study], pretenc
     assert found["detectable_share"] == pytest.approx(found["detectable"] / values("lml", "NDCG@10").mean())
     assert "difference" not in report["methods"]["lml"]
 
+    popular, knn = report["floors"]["most_popular"], report["floors"]["itemknn"]
+    assert (popular["test"]["HR@10"], knn["test"]["HR@5"]) == pytest.approx((0.1, 0.5))
+    assert popular["difference"]["HR@10"]["mean"] == pytest.approx(0.1 - values("lml", "HR@10").mean())
     text = (made.directory / "report.md").read_text()
+    assert "| most-popular | floor |  | 0.1000 | 0.1000 | 0.1000 |  |" in text
+    assert "| ItemKNN | floor |  | 0.5000 |" in text
+    assert f"| most-popular | {popular['difference']['NDCG@10']['mean']:+.4f}" in text
     assert text in "\n".join(say)
     assert f"| ilrec | 2 of 2 | 0.5000 ± 0.0000 | {row['test']['HR@5']['mean']:.4f} ±" in text
     assert "| no-cpd | 2 (of ilrec) |" in text

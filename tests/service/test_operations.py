@@ -14,13 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from recommender.bundle import MANIFEST
+from recommender.bundle import MANIFEST, Manifest
+from recommender.catalogue.catalogue import Catalogue
 from recommender.errors import UserError
+from recommender.floors.config import ItemKNNSettings
+from recommender.floors.itemknn import ItemKNN
+from recommender.floors.recommender import FloorRecommender
 from recommender.models import Model
 from recommender.recommender import Recommender, merge_adapter
 from service.api import create_api
@@ -30,7 +35,7 @@ from service.metrics import Metrics
 from service.models import Models
 from tests.conftest import add_version
 from tests.recommender.test_bundle import adapted_bundle
-from tests.service.test_api import URL, StandIn, ids, refused, serving
+from tests.service.test_api import ITEMS, URL, StandIn, ids, refused, serving
 
 ASKED: dict[str, Any] = {"history": ["B10"], "k": 1}
 
@@ -100,6 +105,57 @@ def test_what_takes_too_long_is_given_up() -> None:
         recommender.gate.set()
         assert ids(client.post(URL, json=ASKED | {"k": 2})) == ["B09", "B11"]
         assert recommender.batches == [1, 1]
+
+
+@pytest.fixture
+def floor(tmp_path: Path) -> str:
+    """An ItemKNN over the stand-in's items but the first five, in another order: each third one follows another."""
+    item_ids = [f"B{i:02}" for i in reversed(range(5, ITEMS))]
+    settings = ItemKNNSettings(normalisation="cosine", shrinkage=0, backward=0, window=1, neighbours=5)
+    places = np.arange(len(item_ids), dtype=np.int32)
+    chains = np.concatenate([places[start::3] for start in range(3)])
+    model = ItemKNN.fit(settings, chains % 3, chains, len(item_ids))
+    manifest = Manifest(name="floor", recommender={"kind": "itemknn"})
+    FloorRecommender(Catalogue(item_ids, item_ids), model, 0.5, manifest).save(tmp_path / "floor")
+    return str(tmp_path / "floor")
+
+
+def test_a_floor_answers_where_there_is_no_room_or_no_time(floor: str) -> None:
+    recommender = StandIn()
+    recommender.gate.clear()
+    with serving({"a": recommender}, timeout_seconds=0.2, fallback=floor) as client:
+        late = client.post(URL, json=ASKED).json()
+        assert (late["items"][0]["item_id"], late["fallback"], late["model"]) == ("B07", True, "a")
+        filtered = client.post(URL, json=ASKED | {"history": ["B01", "B10"], "k": 3, "allow": ["B07", "B00", "B10"]})
+        assert ids(filtered) == ["B07", "B00"]  # B00 it does not know, and B10 has been seen
+        asked = [ASKED, {"history": [], "k": 1}]
+        answers = client.post(f"{URL}/batch", json={"requests": asked}).json()["answers"]
+        assert [answer["items"][0]["item_id"] for answer in answers] == ["B07", "B06"]  # popularity, as ever
+        assert [answer["fallback"] for answer in answers] == [True, True]
+        assert 'ilrec_lists_total{exact="true",fallback="true",model="a"' in client.get("/metrics").text
+        recommender.gate.set()
+        assert client.post(URL, json=ASKED).json()["fallback"] is False
+    recommender.gate.clear()
+    with serving({"a": recommender}, max_queue=4, fallback=floor) as client, ThreadPoolExecutor(4) as threads:
+        waiting = [threads.submit(client.post, URL, json=ASKED) for _ in range(4)]
+        time.sleep(0.3)
+        assert client.post(URL, json=ASKED).json()["fallback"] is True
+        ranked = client.post("/v1/rank", json={"history": ["B10"], "candidates": ["B00", "B08", "B07"]}).json()
+        assert ([item["item_id"] for item in ranked["items"]], ranked["fallback"]) == (["B07", "B08", "B00"], True)
+        recommender.gate.set()
+        assert [each.result().json()["fallback"] for each in waiting] == [False] * 4
+
+
+def test_only_a_floor_answers_in_place_of_a_model(tiny_bundle: Path, tmp_path: Path) -> None:
+    for fallback, says in [
+        (str(tiny_bundle), "holds language_model, which takes time itself; name an itemknn or a tfidf"),
+        ("nowhere", "nowhere: no model of this name"),
+    ]:
+        models = Models(ServingConfig(fallback=fallback, storage=str(tmp_path)), Metrics())
+        with pytest.raises(UserError, match=says):
+            asyncio.run(models.swap({"a": str(tiny_bundle)}))
+    assert ServingConfig(fallback="./floor").fallback == str(Path("floor").absolute())
+    assert ServingConfig(fallback="floor@2").floor == "floor@2"
 
 
 def test_limits_that_contradict_each_other_are_refused() -> None:

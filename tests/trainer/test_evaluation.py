@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -294,6 +295,45 @@ def test_compare_refuses_other_targets(report: Report, saved: Saved, tmp_path: P
             compare(saved.per_target, tmp_path / f"{name}.parquet")
 
 
+def with_candidates(prepared: Prepared, directory: Path) -> Dataset:
+    """The tiny dataset, where each second test target has five candidates: itself and what lies around it."""
+    path = shutil.copytree(prepared.dataset, directory / "dataset")
+    table, items = pq.read_table(path / "targets.parquet"), len(Dataset.load(path).item_ids)
+    targets = Dataset.load(path).held_out_items("test").tolist()
+    lists = [[(item + step) % items for step in (2, 1, 0, -1, -2)] if n % 2 else None for n, item in enumerate(targets)]
+    before = len(table) - len(targets)
+    assert table["split"].to_pylist()[before:] == ["test"] * len(targets)
+    column = pa.array([None] * before + lists, pa.list_(pa.int32()))
+    pq.write_table(table.append_column("candidates", column), path / "targets.parquet")
+    return Dataset.load(path)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_candidates_are_ranked_by_the_model_and_the_floors(
+    tiny_bundle: Path, tiny_prepared: Prepared, force: BruteForce, floors: Path, tmp_path: Path
+) -> None:
+    dataset = with_candidates(tiny_prepared, tmp_path)
+    (tmp_path / "bundle").symlink_to(tiny_bundle)
+    arguments = (dataset.path, "test", CONFIG.model_copy(update={"both_policies": False}), CLUSTER, lambda text: None)
+    found, where = evaluate(tmp_path / "bundle", *arguments, floors_dir=floors)
+    split, table = held_out(dataset, "test"), pq.read_table(where.per_target)
+    assert split.candidates is not None
+    given = list(range(1, len(split), 2))
+    assert (found.candidates["targets"], found.candidates["items"]) == (len(given), 5)
+    assert list(found.candidates["systems"]) == ["model", "most_popular", "itemknn", "tfidf"]
+    assert where.report["candidates"] == found.candidates
+    for system, figures in found.candidates["systems"].items():
+        hits = table["candidate_hit" if system == "model" else f"{system}_candidate_hit"].to_pylist()
+        assert hits[::2] == [None] * len(hits[::2])
+        assert figures == {"HR@1": pytest.approx(np.mean(hits[1::2])), "valid": 1.0}
+    for at in given[:4]:
+        scores = force.scores(split.histories[at])
+        best = max(split.candidates[at].tolist(), key=lambda item: scores[item])
+        assert table["candidate_hit"][at].as_py() == (best == split.targets[at])
+    popular = [max(sorted(split.candidates[at].tolist()), key=lambda i: dataset.popularity()[i]) for at in given]
+    assert found.candidates["systems"]["most_popular"]["HR@1"] == np.mean(popular == split.targets[given])
+
+
 def test_compare_refuses_what_is_no_evaluation(report: Report, saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing\.parquet"):
         compare(saved.per_target, tmp_path / "nothing.parquet")
@@ -309,8 +349,6 @@ def test_compare_refuses_what_is_no_evaluation(report: Report, saved: Saved, tmp
 def test_a_bundle_of_another_catalogue_is_refused(
     tiny_bundle: Path, tiny_prepared: Prepared, tmp_path: Path, dataset: Dataset
 ) -> None:
-    import shutil
-
     other = shutil.copytree(tiny_prepared.dataset, tmp_path / "dataset")
     table = pq.read_table(other / "items.parquet")
     ids = pa.array([f"x{i}" for i in range(len(table))])

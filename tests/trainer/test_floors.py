@@ -18,7 +18,7 @@ from trainer.config import CollaborativeBundle, EvaluationConfig
 from trainer.data.dataset import Dataset
 from trainer.evaluation.floors import choose, kept_floors
 from trainer.evaluation.ranking import held_out, ranks_of
-from trainer.evaluation.standing import NAMES, standing, standing_on_validation
+from trainer.evaluation.standing import NAMES, on_validation, standing
 from trainer.experiment import Experiment
 from trainer.fit import train
 from trainer.parts import Prepared
@@ -119,11 +119,11 @@ def test_the_verdict_on_validation_names_the_floors_that_were_chosen_there(datas
     best = max(floors.values(), key=lambda floor: floor.manifest.metrics["validation_NDCG@10"])
     value = best.manifest.metrics["validation_NDCG@10"]
     model = Manifest(name="m", metrics={"validation_NDCG@10": value / 2})
-    said = standing_on_validation(model, dataset, evaluation, tmp_path, quiet)
+    said = standing(on_validation(model, dataset, evaluation, tmp_path, quiet), {})
     assert said.startswith(f"below {NAMES[best.manifest.kind]} by {value / 2:.4f} NDCG@10")
     alone = evaluation.model_copy(update={"floors": ()})
     perfect = Manifest(name="m", metrics={"validation_NDCG@10": 1.0})
-    said = standing_on_validation(perfect, dataset, alone, tmp_path, quiet)
+    said = standing(on_validation(perfect, dataset, alone, tmp_path, quiet), {})
     assert said.startswith("above every floor; most-popular")
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from recommender.config import StrictModel
 
 OnError = Literal["strict", "skip"]
+Histories = Literal["joined", "published"]
 TrainTargets = Literal["protocol", "every_position"]
 
 _FILE = "CSV, TSV, JSONL or Parquet by its extension, `.gz` allowed; a local path or a URL such as s3://bucket/file."
@@ -95,6 +96,12 @@ class WindowsData(StrictModel):
     columns: WindowColumns = Field(WindowColumns(), description="Column names of the three windows files.")
     item_columns: ItemColumns = Field(ItemColumns(), description="Column names of the items file.")
     history_separator: str = Field(" ", min_length=1, description="Between the item ids of a history.")
+    histories: Histories = Field(
+        "joined",
+        description="What validation and test targets are ranked after. joined: all that the windows of a user tell of "
+        "what came before, often more than a window holds; published: the history of the target's own row. Models read "
+        "the last items of either (prompt.history), and evaluation.exclude_seen leaves out all of them.",
+    )
     on_error: OnError = Field("strict", description=_ON_ERROR)
     train_targets: TrainTargets = Field("protocol", description=_TRAIN_TARGETS)
 

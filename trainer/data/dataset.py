@@ -25,6 +25,7 @@ from trainer.data.splits import SPLITS, Targets, chronological, every_position, 
 from trainer.parts import make_part
 
 SCHEMA_VERSION = 1
+_STATS_VERSION = 2  # datasets whose stats.json says less stay where they are, and are read
 ABOUT = "dataset.json"
 
 Progress = Callable[[str], None]
@@ -68,6 +69,18 @@ class Dataset:
         """int32 [≤ limit]: the last `limit` items of a sequence before a position, oldest first."""
         begin = self.offsets[sequence]
         return self.flat_items[begin + max(0, position - limit) : begin + position]
+
+    def histories(self, split: str) -> list[np.ndarray]:
+        """int32 [M][t]: what stands before each target, oldest first: all of it, or its published window."""
+        targets = self.targets[split]
+        begin = self.offsets[targets.sequence]
+        starts = begin if targets.start is None else begin + targets.start
+        return [self.flat_items[a:b] for a, b in zip(starts, begin + targets.position, strict=True)]
+
+    def held_out_items(self, split: str) -> np.ndarray:
+        """int64 [M]: the targets of a split."""
+        targets = self.targets[split]
+        return self.flat_items[self.offsets[targets.sequence] + targets.position].astype(np.int64)
 
     def training_interactions(self) -> tuple[np.ndarray, np.ndarray]:
         """What training may see: whose sequence each interaction is, int64 [n], rising, and its item, int32 [n], oldest
@@ -151,7 +164,7 @@ def prepare_dataset(config: DataConfig, datasets: Path, progress: Progress = pri
         UserError: a source file cannot be used, or nothing is left after cleaning.
     """
     fingerprint = _fingerprint(config)
-    directory = Path(datasets) / digest(fingerprint, SCHEMA_VERSION)
+    directory = Path(datasets) / digest(fingerprint, SCHEMA_VERSION, _STATS_VERSION)
 
     def write(aside: Path) -> None:
         _write_dataset(config, fingerprint, aside, progress)
@@ -177,7 +190,12 @@ def _write_dataset(config: DataConfig, fingerprint: str, directory: Path, progre
         targets = every_position(sequences, targets)
     if not len(targets["train"]):
         raise UserError("the data give no training target: no user has two interactions for training; add data")
-    stats = _stats(items, sequences, targets) | {"problems": problems.found, "steps": steps}
+    made = Dataset(directory, items, sequences.users, sequences.items, sequences.offsets, targets, {}, fingerprint)
+    stats = _stats(items, sequences, targets) | {
+        "held_out": {split: _held_out_stats(made, split) for split in SPLITS[1:] if len(targets[split])},
+        "problems": problems.found,
+        "steps": steps,
+    }
     about = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": fingerprint,
@@ -244,10 +262,12 @@ def _from_windows(config: WindowsData, problems: Problems, progress: Progress) -
         split: read_windows(getattr(config, split), config.columns, config.history_separator, item_ids, problems)
         for split in SPLITS
     }
-    sequences, targets = from_windows(windows)
-    steps = [
+    sequences, targets = from_windows(windows, config.histories)
+    longest = max(len(history) for part in windows.values() for history in part.histories)
+    joined = {"sequences": len(sequences), "users": len(set(sequences.users))}
+    steps: list[dict[str, Any]] = [
         {"step": "read", **{split: len(windows[split]) for split in SPLITS}},
-        {"step": "windows joined", "sequences": len(sequences), "users": len(set(sequences.users))},
+        {"step": "windows joined", **joined, "histories": config.histories, "longest_window": longest},
     ]
     progress(f"read: {sum(len(part) for part in windows.values()):,} windows, joined to {len(sequences):,} sequences")
     return items, sequences, targets, steps
@@ -270,6 +290,18 @@ def _stats(items: pa.Table, sequences: Sequences, targets: Mapping[str, Targets]
         "duplicate_titles": len(filled) - len(set(filled)),
         "empty_titles": len(titles) - len(filled),
         "items_without_interactions": len(items) - len(np.unique(sequences.items)),
+    }
+
+
+def _held_out_stats(made: Dataset, split: str) -> dict[str, float]:
+    """Shares of a split's targets: `unseen` in training, and those that are `seen`, in their own history; and the
+    longest history."""
+    items, histories = made.held_out_items(split), made.histories(split)
+    seen = [bool((history == item).any()) for history, item in zip(histories, items, strict=True)]
+    return {
+        "unseen": float((made.popularity()[items] == 0).mean()),
+        "seen": float(np.mean(seen)),
+        "longest_history": max(map(len, histories)),
     }
 
 
@@ -296,7 +328,10 @@ _PATHS = {"interactions", "items", "train", "validation", "test"}
 
 
 def _fingerprint(config: DataConfig) -> str:
-    whole = hashlib.sha256(json.dumps(config.model_dump(mode="json", exclude=_PATHS), sort_keys=True).encode())
+    values = config.model_dump(mode="json", exclude=_PATHS)
+    if values.get("histories") == "joined":  # which came later: what was trained before is still of these data
+        del values["histories"]
+    whole = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for file in _sources(config):
         content = hashlib.sha256()
         for chunk in stream(file):
@@ -344,6 +379,10 @@ def _write(
             candidates = targets[split].candidates
             lists += [None] * len(targets[split]) if candidates is None else candidates
         columns["candidates"] = pa.array(lists, pa.list_(pa.int32()))
+    if any(targets[split].start is not None for split in SPLITS):
+        starts = [targets[split].start for split in SPLITS]
+        nothing = [[None] * len(targets[split]) if s is None else s for split, s in zip(SPLITS, starts, strict=True)]
+        columns["start"] = pa.array([start for each in nothing for start in each], pa.int32())
     pq.write_table(pa.table(columns), directory / "targets.parquet")
     _write_json(directory / "stats.json", stats)
     _write_json(directory / ABOUT, about)  # last: with it the dataset is complete
@@ -363,4 +402,7 @@ def _load_targets(table: pa.Table, split: str) -> Targets:
     candidates = None
     if "candidates" in rows.column_names and rows["candidates"].null_count < len(rows):
         candidates = [np.array(c or [], np.int32) for c in rows["candidates"].to_pylist()]
-    return Targets(rows["sequence"].to_numpy(), rows["position"].to_numpy(), candidates)
+    start = None
+    if "start" in rows.column_names and rows["start"].null_count < len(rows):
+        start = rows["start"].to_numpy()
+    return Targets(rows["sequence"].to_numpy(), rows["position"].to_numpy(), candidates, start)

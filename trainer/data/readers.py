@@ -459,8 +459,8 @@ def read_windows(file: str, columns: WindowColumns, separator: str, item_ids: pa
     """(user, history, target) rows with the items of the catalogue.
 
     Raises:
-        UserError: see `read`; under "strict" also for missing users, empty histories, unknown items and unreadable
-            timestamps.
+        UserError: see `read`; under "strict" also for missing users, empty histories, unknown items, candidates without
+            the target and unreadable timestamps.
     """
     source = read(file, columns.model_dump(), "data.columns", problems, optional=("timestamp", "candidates"))
     absent = missing_text(as_text(source.table["user_id"]))
@@ -482,17 +482,29 @@ def read_windows(file: str, columns: WindowColumns, separator: str, item_ids: pa
         lost[np.repeat(np.arange(len(source)), lengths)[items < 0]] = True
         source = source.without(bad, name, empty, "Give each row at least one item", problems)
         separated = f"{remedy}, or set data.history_separator (now {separator!r})"
-        source = source.without(lost[~bad], name, f"the {name} holds unknown items", separated, problems)
+        hold = "the history holds" if name == "history" else "the candidates hold"
+        source = source.without(lost[~bad], name, f"{hold} unknown items", separated, problems)
+    if "candidates" in lists:
+        items, lengths = _item_lists(source.table["candidates"], separator, item_ids)
+        wanted = np.repeat(_indices(source.table["target"], item_ids), lengths)
+        named = np.bincount(np.repeat(np.arange(len(source)), lengths), items == wanted, minlength=len(source)) > 0
+        source = source.without(~named, "candidates", "the candidates miss the target", "Put it among them", problems)
     if not len(source):
         raise UserError(f"{file}: no usable windows; see the problems above")
     found = {name: _nested(*_item_lists(source.table[name], separator, item_ids)) for name in lists}
     return Windows(
         users=as_text(source.table["user_id"]).to_pylist(),
         histories=found["history"],
-        targets=pc.index_in(as_text(source.table["target"]), value_set=item_ids).to_numpy().astype(np.int64),
+        targets=_indices(source.table["target"], item_ids),
         time=as_times(source.table["timestamp"])[0] if "timestamp" in source.table.column_names else None,
         candidates=found.get("candidates"),
     )
+
+
+def _indices(column: pa.ChunkedArray, item_ids: pa.Array) -> np.ndarray:
+    """int64 [n]: indices of known items."""
+    found: np.ndarray = pc.index_in(as_text(column), value_set=item_ids).to_numpy().astype(np.int64)
+    return found
 
 
 def _item_lists(column: pa.ChunkedArray, separator: str, item_ids: pa.Array) -> tuple[np.ndarray, np.ndarray]:

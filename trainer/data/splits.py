@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.data.cleaning import Sequences
+from trainer.data.config import Histories
 from trainer.data.readers import Windows
 
 SPLITS = ("train", "validation", "test")
@@ -21,11 +22,13 @@ class Targets:
         sequence: int32 [M].
         position: int32 [M]; at least 1.
         candidates: [M] item indices among which the target is ranked (empty: none given), or None.
+        start: int32 [M]; position of the first item that is given before the target; None: all items are.
     """
 
     sequence: np.ndarray
     position: np.ndarray
     candidates: list[np.ndarray] | None = None
+    start: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.position)
@@ -75,18 +78,21 @@ def every_position(sequences: Sequences, targets: Mapping[str, Targets]) -> dict
     return {**targets, "train": _targets(sequence[train], position[train])}
 
 
-def from_windows(windows: Mapping[str, Windows]) -> tuple[Sequences, dict[str, Targets]]:
+def from_windows(
+    windows: Mapping[str, Windows], histories: Histories = "joined"
+) -> tuple[Sequences, dict[str, Targets]]:
     """Join published windows into sequences; each split keeps the order of its file.
 
     A user's windows are taken by time, or where a file has no times by split (and time within a split that has them).
     A window whose history ends the user's sequence so far adds its target to it; any other begins a new sequence, so
-    that the items before a target are always those of its window.
+    that the last items before a target are always those of its window. With `published` histories, held-out targets
+    are given these alone.
 
     Times of items that are no target are unknown: they get the time of the next target.
     """
     parts = [windows[split] for split in SPLITS]
     users = [user for part in parts for user in part.users]
-    histories = [history for part in parts for history in part.histories]
+    before = [history for part in parts for history in part.histories]
     items = np.concatenate([part.targets for part in parts]).tolist()
     split = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     time = np.concatenate([np.zeros(len(part)) if part.time is None else part.time for part in parts])
@@ -99,7 +105,7 @@ def from_windows(windows: Mapping[str, Windows]) -> tuple[Sequences, dict[str, T
     times: list[list[float]] = []
     sequence, position = np.zeros(len(users), np.int32), np.zeros(len(users), np.int32)
     for window in order.tolist():
-        user, history = users[window], histories[window]
+        user, history = users[window], before[window]
         number = latest.get(user)
         if number is None or joined[number][-len(history) :] != history:
             number = latest[user] = len(joined)
@@ -119,7 +125,10 @@ def from_windows(windows: Mapping[str, Windows]) -> tuple[Sequences, dict[str, T
     for number, (name, part) in enumerate(zip(SPLITS, parts, strict=True)):
         mine = split == number
         candidates = None if part.candidates is None else [np.array(c, np.int32) for c in part.candidates]
-        targets[name] = Targets(sequence[mine], position[mine], candidates)
+        start = None
+        if histories == "published" and name != "train":
+            start = position[mine] - np.array([len(history) for history in part.histories], np.int32)
+        targets[name] = Targets(sequence[mine], position[mine], candidates, start)
     _check(sequences, targets, windows)
     return sequences, targets
 

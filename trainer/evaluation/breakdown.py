@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from recommender.errors import UserError
 from recommender.metrics import metric_values, popularity_ranks
-from recommender.segments import group_unfairness, list_figures, means, reachable, segments
+from recommender.segments import choice_figures, group_unfairness, list_figures, means, reachable, segments
 from trainer.config import EvaluationConfig
 from trainer.data.dataset import Dataset
 from trainer.evaluation.floors import kept_floors
@@ -31,11 +33,13 @@ class Floors:
             all items.
         lists: floor → int32 [M, K], under the evaluation's own policy; most_popular has none.
         seconds: floor → wall time of its ranking, both policies together.
+        chosen: floor → as `Ranking.chosen`; empty where no candidates are given.
     """
 
     ranks: dict[str, dict[bool, np.ndarray]]
     lists: dict[str, np.ndarray]
     seconds: dict[str, float]
+    chosen: dict[str, np.ndarray]
 
 
 def rank_floors(
@@ -53,21 +57,33 @@ def rank_floors(
             for left_out in _POLICIES
         }
     }
-    lists, seconds = {}, {}
+    lists, seconds, chosen = {}, {}, {}
+    if targets.candidates is not None:
+        best = [min(of, key=lambda item: (-popularity[item], item), default=-1) for of in targets.candidates]
+        chosen["most_popular"] = np.array(best, np.int64)
     floors = {} if directory is None else kept_floors(dataset, config, directory, say)
     for kind, floor in floors.items():
         started = time.monotonic()
         rankings = {left_out: ranks_of(floor, targets, k, left_out, config.batch) for left_out in _POLICIES}
         ranks[kind] = {left_out: ranking.ranks for left_out, ranking in rankings.items()}
         lists[kind] = rankings[config.exclude_seen].items
+        if (named := rankings[config.exclude_seen].chosen) is not None:
+            chosen[kind] = named
         seconds[kind] = time.monotonic() - started
-    return Floors(ranks, lists, seconds)
+    return Floors(ranks, lists, seconds, chosen)
 
 
 def per_target(
-    dataset: Dataset, split: str, targets: HeldOut, floors: Floors, other: np.ndarray | None, exclude_seen: bool
+    dataset: Dataset,
+    split: str,
+    targets: HeldOut,
+    ranking: Ranking,
+    floors: Floors,
+    other: np.ndarray | None,
+    exclude_seen: bool,
 ) -> dict[str, Any]:
-    """Columns of the per-target file: the floors' ranks, those under the other policy, and what segments are made of.
+    """Columns of the per-target file: the floors' ranks, those under the other policy, what segments are made of, and
+    with candidates who named the target out of them (null where none are given).
 
     Args:
         other: int64 [M]; the model's ranks under the other policy, where they are known.
@@ -77,6 +93,9 @@ def per_target(
     columns |= {f"{floor}_rank_{suffix}": ranks[not exclude_seen] for floor, ranks in floors.ranks.items()}
     if other is not None:
         columns[f"rank_{suffix}"] = other
+    for system, chosen in _choices(ranking, floors).items():
+        name = "candidate_hit" if system == "model" else f"{system}_candidate_hit"
+        columns[name] = pa.array(chosen == targets.targets, mask=chosen < 0)
     return columns | {"target_in_history": _in_history(targets), "known_user": _known(dataset, split, targets)}
 
 
@@ -94,7 +113,7 @@ def breakdown(
     Returns:
         segments: kind → label → system → HR@10, NDCG@10 and the number of targets; lists: system → figures of its
         lists; reachable: see `recommender.segments.reachable`; policies: "seen allowed", "seen left out" → system →
-        HR@10, NDCG@10.
+        HR@10, NDCG@10; candidates: see `_of_candidates`.
     """
     popularity = dataset.popularity()
     of_targets, seen = popularity[targets.targets], _in_history(targets)
@@ -125,6 +144,30 @@ def breakdown(
         "lists": figures,
         "reachable": reachable(of_targets, seen, config.exclude_seen),
         "policies": policies,
+        "candidates": _of_candidates(targets, _choices(ranking, floors)),
+    }
+
+
+def _choices(ranking: Ranking, floors: Floors) -> dict[str, np.ndarray]:
+    """system → what it named out of the candidates; empty where none are given."""
+    return {} if ranking.chosen is None else {"model": ranking.chosen, **floors.chosen}
+
+
+def _of_candidates(targets: HeldOut, choices: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """S-DPO's protocol, over the targets that have candidates.
+
+    Returns:
+        targets: how many; items: mean length of a list; systems: system → HR@1, valid. Systems score the candidates and
+        name the best, so what they name is always valid: 1. Empty where there are none.
+    """
+    at = [place for place, of in enumerate(targets.candidates or ()) if len(of)]
+    if not at or targets.candidates is None:
+        return {}
+    lists = [targets.candidates[place] for place in at]
+    return {
+        "targets": len(at),
+        "items": float(np.mean([len(of) for of in lists])),
+        "systems": {system: choice_figures(each[at], targets.targets[at], lists) for system, each in choices.items()},
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Report:
         seconds: wall time of the ranking.
         evaluated_at: when, in UTC.
         floor_seconds: wall time of each floor's ranking, with seen items allowed and left out.
-        segments, lists, reachable, policies: see `trainer/evaluation/breakdown.py`.
+        segments, lists, reachable, policies, candidates: see `trainer/evaluation/breakdown.py`.
     """
 
     split: str
@@ -65,6 +65,7 @@ class Report:
     lists: dict[str, dict[str, float]]
     reachable: dict[str, float]
     policies: dict[str, dict[str, dict[str, float]]]
+    candidates: dict[str, Any] = field(default_factory=dict)
 
 
 def evaluate(
@@ -102,7 +103,8 @@ def evaluate(
     if manifest.searched(search) == manifest.searched():
         search = None
     config = config.model_copy(update={"floors": tuple(kind for kind in config.floors if kind != manifest.kind)})
-    saved = Saved(bundle.parent / EVALUATION / f"{split}-{_settings(manifest, dataset, limit, config, search)}")
+    named = _settings(manifest, dataset, limit, config, search, targets.candidates is not None)
+    saved = Saved(bundle.parent / EVALUATION / f"{split}-{named}")
     if (found := read_json(saved.directory / REPORT)) is not None:
         say(f"evaluated before with these settings: {saved.directory}")
         return Report(**found), saved
@@ -148,7 +150,7 @@ def evaluate(
         floor_seconds=floors.seconds,
         **breakdown(dataset, split, targets, ranking, floors, other, config),
     )
-    columns = per_target(dataset, split, targets, floors, other, config.exclude_seen)
+    columns = per_target(dataset, split, targets, ranking, floors, other, config.exclude_seen)
     with new_directory(saved.directory) as aside:
         _write_per_target(dataset, users, targets, ranking, columns, aside / TARGETS)
         write_json(aside / REPORT, vars(report))
@@ -156,12 +158,18 @@ def evaluate(
 
 
 def _settings(
-    manifest: Manifest, dataset: Dataset, limit: int | None, config: EvaluationConfig, search: SearchConfig | None
+    manifest: Manifest,
+    dataset: Dataset,
+    limit: int | None,
+    config: EvaluationConfig,
+    search: SearchConfig | None,
+    has_candidates: bool,
 ) -> str:
-    """A name for all that decides an evaluation's outcome."""
+    """A name for all that decides an evaluation's outcome. (Earlier releases did not rank candidates.)"""
     decisive = config.model_dump(mode="json", exclude={"test_targets", "validation_targets", "batch"})
     searched = None if search is None else search.model_dump(mode="json")
-    return digest(manifest.checksum, dataset.fingerprint, limit, decisive, searched, length=8)
+    ranked = ["candidates"] if has_candidates else []
+    return digest(manifest.checksum, dataset.fingerprint, limit, decisive, searched, *ranked, length=8)
 
 
 def _rank(
@@ -190,12 +198,13 @@ def _rank(
     device = "cuda" if cluster.gpus_per_worker else "cpu"
     arguments = (str(bundle.absolute()), str(dataset_dir.absolute()), split, limit, device, config.precision, search)
     actors: list[Any] = [actor.remote(*arguments) for _ in range(workers)]
-    lengths = np.array([len(h) for h in held_out(Dataset.load(dataset_dir), split, limit).histories])
-    order = np.argsort(-lengths, kind="stable")
+    targets = held_out(Dataset.load(dataset_dir), split, limit)
+    order = np.argsort([-len(history) for history in targets.histories], kind="stable")
     chunks: Iterator[np.ndarray] = iter(np.array_split(order, max(workers, math.ceil(total / (4 * config.batch)))))
     ranks, exact = np.zeros(total, np.int64), np.zeros(total, bool)
     expansions, invalid, done = np.zeros(total, np.int64), 0, 0
     items = np.full((total, k), -1, np.int32)
+    chosen = None if targets.candidates is None else np.full(total, -1, np.int64)
     running = {}
     started = said = time.monotonic()
 
@@ -217,6 +226,8 @@ def _rank(
             ) from error
         dispatch(worker)
         ranks[at], exact[at], expansions[at], items[at] = answer.ranks, answer.exact, answer.expansions, answer.items
+        if chosen is not None and answer.chosen is not None:
+            chosen[at] = answer.chosen
         invalid += answer.invalid
         done += len(at)
         if time.monotonic() - said > 10:
@@ -225,7 +236,7 @@ def _rank(
             say(f"{split}: ranked {done}/{total}, {rate:.0f}/s, {(total - done) / rate:.0f} s left")
     for worker in actors:
         ray.kill(worker)
-    return Ranking(ranks, exact, expansions, items, invalid)
+    return Ranking(ranks, exact, expansions, items, invalid, chosen)
 
 
 class _RankingWorker:

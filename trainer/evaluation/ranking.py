@@ -17,31 +17,34 @@ class HeldOut:
 
     Attributes:
         numbers: int64 [M]; rows of the split in the dataset.
-        histories: item indices before each target, oldest first, all of them.
+        histories: item indices before each target, oldest first: all of them, or those of its published window.
         targets: int64 [M]; item indices.
+        candidates: item indices among which each target is to be found, empty where none are given; None: for no one.
     """
 
     numbers: np.ndarray
     histories: list[np.ndarray]
     targets: np.ndarray
+    candidates: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, at: np.ndarray) -> HeldOut:
-        return HeldOut(self.numbers[at], [self.histories[i] for i in at], self.targets[at])
+        candidates = None if self.candidates is None else [self.candidates[i] for i in at]
+        return HeldOut(self.numbers[at], [self.histories[i] for i in at], self.targets[at], candidates)
 
 
 def held_out(dataset: Dataset, split: str, limit: int | None = None, seed: int = 0) -> HeldOut:
     """The targets of a split, or a seeded sample of `limit` of them."""
-    targets = dataset.targets[split]
-    numbers = np.arange(len(targets.position))
+    numbers = np.arange(len(dataset.targets[split]))
     if limit is not None and limit < len(numbers):
         numbers = np.sort(np.random.default_rng(seed).choice(numbers, limit, replace=False))
-    begin = dataset.offsets[targets.sequence[numbers]]
-    end = begin + targets.position[numbers]
-    histories = [dataset.flat_items[a:b] for a, b in zip(begin, end, strict=True)]
-    return HeldOut(numbers, histories, dataset.flat_items[end].astype(np.int64))
+    histories = dataset.histories(split)
+    whole = HeldOut(
+        np.arange(len(histories)), histories, dataset.held_out_items(split), dataset.targets[split].candidates
+    )
+    return whole.take(numbers)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Ranking:
         expansions: int64 [M]; trie nodes expanded.
         items: int32 [M, K]; the listed items, best first, −1 where there are fewer.
         invalid: number of listed items that are not in the catalogue, twice in a list, or excluded.
+        chosen: int64 [M]; the best of the target's candidates, −1 where none are given; None: for no one.
     """
 
     ranks: np.ndarray
@@ -61,6 +65,7 @@ class Ranking:
     expansions: np.ndarray
     items: np.ndarray
     invalid: int
+    chosen: np.ndarray | None = None
 
 
 def ranks_of(
@@ -80,6 +85,7 @@ def ranks_of(
     expansions = np.zeros(len(split), np.int64)
     items = np.full((len(split), k), -1, np.int32)
     invalid = 0
+    chosen = None if split.candidates is None else np.full(len(split), -1, np.int64)
     order = np.argsort([-len(h) for h in split.histories], kind="stable")
     for begin in range(0, len(order), batch):
         at = order[begin : begin + batch]
@@ -94,5 +100,21 @@ def ranks_of(
             listed = set(answer.items)
             outside = sum(not 0 <= item < len(recommender.catalogue) for item in listed)
             invalid += len(answer.items) - len(listed) + outside + len(listed & excluded)
+        if chosen is not None:
+            chosen[at] = _choose(recommender, split.take(at))
         progress(min(begin + batch, len(order)))
-    return Ranking(ranks, exact, expansions, items, invalid)
+    return Ranking(ranks, exact, expansions, items, invalid, chosen)
+
+
+def _choose(recommender: AnyRecommender, split: HeldOut) -> np.ndarray:
+    """int64 [M]: the candidate of each target with the best score, of equals the first in the catalogue; −1: none."""
+    assert split.candidates is not None
+    given = [place for place, candidates in enumerate(split.candidates) if len(candidates)]
+    lists = [split.candidates[place].tolist() for place in given]
+    chosen = np.full(len(split), -1, np.int64)
+    if given:
+        scores = recommender.rank([split.histories[place].tolist() for place in given], lists)
+        chosen[given] = [
+            min(zip([-score for score in row], items, strict=True))[1] for row, items in zip(scores, lists, strict=True)
+        ]
+    return chosen

@@ -46,10 +46,11 @@ def standing(
     return f"above every floor; {NAMES[best]}, the best of them, by {gap:.4f} {metric} ({means})"
 
 
-def standing_on_validation(
+def on_validation(
     manifest: Manifest, dataset: Dataset, evaluation: EvaluationConfig, floors_dir: Path, say: Say
-) -> str:
-    """The same of the validation metrics that a bundle was chosen by. The floors were chosen on the same targets."""
+) -> dict[str, dict[str, float]]:
+    """system → NDCG@10 → its mean on the validation targets that a bundle was chosen by, as `standing` takes it. The
+    floors were chosen on the same targets."""
     split = held_out(dataset, "validation", evaluation.validation_targets)
     seen = split.histories if evaluation.exclude_seen else None
     popular = metric_values(popularity_ranks(dataset.popularity(), split.targets, seen), [10])["NDCG@10"]
@@ -60,4 +61,4 @@ def standing_on_validation(
         "most_popular": float(popular.mean()),
         **{kind: floors[kind].manifest.metrics["validation_NDCG@10"] for kind in others},
     }
-    return standing({system: {"NDCG@10": value} for system, value in found.items()}, {})
+    return {system: {"NDCG@10": value} for system, value in found.items()}

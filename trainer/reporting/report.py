@@ -125,6 +125,12 @@ def test_section(test: Mapping[str, Any]) -> Iterator[str]:
         "they list is invalid.</p>"
     )
     systems = {system: NAMES[system] for system in test["metrics"]}
+    if chosen := test.get("candidates"):
+        of = ", ".join(f"{systems[system]} {found['HR@1']:.4f}" for system, found in chosen["systems"].items())
+        yield (
+            f"<p>HR@1 of {chosen['items']:g} candidates, {chosen['targets']:,} targets: {of}. Nothing but the "
+            "candidates is scored, so the valid ratio is 1.</p>"
+        )
     yield figures.intervals(
         {
             name: {
@@ -264,6 +270,10 @@ def data_section(stats: Mapping[str, Any]) -> str:
         ["items", f"{stats['items']:,}, {stats['items_without_interactions']:,} of them without interactions"],
         ["interactions", f"{stats['interactions']:,} (density {stats['density']:.3%})"],
         ["targets", ", ".join(f"{stats[split]:,} {split}" for split in SPLITS)],
+        *(
+            [f"{split} targets", f"{of['unseen']:.1%} unseen in training, {of['seen']:.1%} in their own history"]
+            for split, of in stats.get("held_out", {}).items()
+        ),
         ["sequence length", f"median {length['median']:g}, 95 % at most {length['p95']:g}, longest {length['max']:,}"],
         ["titles", f"{stats['duplicate_titles']:,} occur more than once, {stats['empty_titles']:,} are empty"],
     ]
@@ -272,6 +282,9 @@ def data_section(stats: Mapping[str, Any]) -> str:
             f"{stats['tokens_per_item']:.1f} tokens an item, {stats['valid_tokens_per_position']:.1f} valid tokens"
         )
         rows.append(["spelling", f"{spelled} a position"])
+    if "cut_titles" in stats:
+        alike = f"{stats['colliding_titles']:,} are spelled like another one ({stats['colliding_once_cut']:,} once cut)"
+        rows.append(["cut titles", f"{stats['cut_titles']:,}; {alike}"])
     return figures.table([], rows)
 
 

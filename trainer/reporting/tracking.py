@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from recommender.errors import UserError
-from recommender.files import write_json
+from recommender.files import read_json, write_json
 from trainer.config import TrackingConfig
 from trainer.experiment import Experiment
 from trainer.run import TRACKING
@@ -32,7 +32,7 @@ class _Tracker(Protocol):
 
 
 class Tracking:
-    """The runs that the driver opened, for rank 0.
+    """The runs that the driver opened, for rank 0, and for an evaluation afterwards.
 
     Args:
         run: the version's directory.
@@ -44,9 +44,8 @@ class Tracking:
         self._say = say
         self._trackers: dict[str, _Tracker] = {}
         kinds: dict[str, Callable[[Experiment, Path, str], _Tracker]] = {"mlflow": _MLflow, "wandb": _Wandb}
-        wanted = [name for name in kinds if getattr(experiment.tracking, name) is not None]
-        ids = json.loads((run / TRACKING).read_text()) if wanted else {}
-        for name in wanted:
+        ids = read_json(run / TRACKING) or {}
+        for name in (name for name in kinds if name in ids and getattr(experiment.tracking, name) is not None):
             self._try(name, partial(self._start, name, kinds[name], experiment, run, ids[name]))
 
     def add(self, values: Mapping[str, float], step: int) -> None:

@@ -10,7 +10,7 @@ from recommender.backbone.backbone import train_tokenizer
 from recommender.catalogue.catalogue import Catalogue
 from recommender.config import IdentifierConfig, PromptConfig
 from recommender.errors import UserError
-from recommender.items.identifiers import Identifiers, spell_titles
+from recommender.items.identifiers import Identifiers, spell_titles, title_losses
 from recommender.items.prompt import Prompt
 from recommender.items.trie import RadixTrie
 
@@ -43,6 +43,23 @@ def test_any_titles_can_be_spelled(titles: list[str], limit: int) -> None:
     identifiers = spell_titles(catalogue.titles, tokenizer, IdentifierConfig(max_tokens=limit))
     assert len(set(_all(identifiers))) == len(titles)
     assert np.diff(identifiers.offsets).max() <= limit + 1
+
+
+def test_cut_and_colliding_titles_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert title_losses(TITLES, tokenizer, IdentifierConfig()) == {
+        "cut_titles": 0,
+        "colliding_titles": 2,  # the second and third Blue Tent
+        "colliding_once_cut": 0,
+    }
+    titles = [*TITLES, "Red Tent for three Red Tents", "Red Tent for three Lamps"]
+    spelled = [tokenizer(title, add_special_tokens=False)["input_ids"] for title in titles]
+    config = IdentifierConfig(max_tokens=len(spelled[4]))
+    found = title_losses(titles, tokenizer, config)
+    assert found == {"cut_titles": 2, "colliding_titles": 4, "colliding_once_cut": 2}
+    cut = [tuple(tokens[: config.max_tokens]) for tokens in spelled]
+    made = _all(spell_titles(titles, tokenizer, config))
+    suffixed = [own[:-1] != plain for own, plain in zip(made, cut, strict=True)]
+    assert sum(suffixed) == found["colliding_titles"]
 
 
 def test_new_titles_are_told_apart_from_known_ones(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -17,6 +17,7 @@ from recommender.errors import UserError
 from trainer.data import dataset as module
 from trainer.data.config import InteractionsData, WindowsData
 from trainer.data.dataset import Dataset, prepare_dataset
+from trainer.prepare import remarks
 
 REAL = Path(__file__).parents[3].parent / "shared" / "data"
 SPLITS = ("train", "validation", "test")
@@ -87,6 +88,11 @@ def test_stats(tmp_path: Path, config: InteractionsData) -> None:
     assert [step["step"] for step in stats["steps"]] == ["read", "duplicates dropped", "leave_one_out"]
     assert [step.get("interactions") for step in stats["steps"]] == [8, 7, None]
     assert stats["steps"][-1]["users_for_training_only"] == 2
+    # u did b c a a: `a` is a training target of nobody, and v did it; the last one stands in its own history.
+    assert stats["held_out"] == {
+        "validation": {"unseen": 0.0, "seen": 0.0, "longest_history": 2},
+        "test": {"unseen": 0.0, "seen": 1.0, "longest_history": 3},
+    }
 
 
 def test_the_core_cuts_the_catalogue_only_by_items(tmp_path: Path, config: InteractionsData) -> None:
@@ -163,6 +169,33 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path, config: InteractionsDat
     Path(config.interactions).write_text("user_id,item_id,timestamp\nu,a,1\nv,b,1\n")
     with pytest.raises(UserError, match="no training target"):
         prepare_dataset(config, tmp_path / "out", silent)
+
+
+def test_published_histories_are_those_of_the_rows(tmp_path: Path, config: InteractionsData) -> None:
+    """The windows are joined either way; held-out targets are given all of it, or what stands in their own row."""
+    files = {split: tmp_path / f"{split}.csv" for split in SPLITS}
+    files["train"].write_text("user_id,history_item_ids,target_item_id\nu,a b,c\n")
+    files["validation"].write_text("user_id,history_item_ids,target_item_id\nu,b c,d\n")
+    files["test"].write_text("user_id,history_item_ids,target_item_id\nu,d,a\n")
+    windows = WindowsData(format="windows", items=config.items, **{split: str(files[split]) for split in SPLITS})
+    joined = prepare_dataset(windows, tmp_path / "out", silent)
+    published = prepare_dataset(windows.model_copy(update={"histories": "published"}), tmp_path / "out", silent)
+    assert joined.fingerprint != published.fingerprint
+    assert (joined.flat_items.tolist(), joined.offsets.tolist()) == (published.flat_items.tolist(), [0, 5])
+    for dataset, before in ((joined, {"validation": [0, 1, 2], "test": [0, 1, 2, 3]}), (published, {})):
+        expected = before or {"validation": [1, 2], "test": [3]}
+        for split in SPLITS[1:]:
+            assert [history.tolist() for history in dataset.histories(split)] == [expected[split]]
+        assert dataset.histories("train")[0].tolist() == [0, 1]
+    assert joined.stats["held_out"]["test"] == {"unseen": 0.0, "seen": 1.0, "longest_history": 4}
+    assert published.stats["held_out"]["test"] == {"unseen": 0.0, "seen": 0.0, "longest_history": 1}
+    assert joined.stats["held_out"]["validation"]["unseen"] == 1.0
+    said = list(remarks(joined.stats, exclude_seen=True))
+    assert said[0].startswith("histories of held-out targets: joined (data.histories), up to 4 items; a published")
+    assert said[0].endswith("window has 2 at most")
+    assert said[1].startswith("targets unseen in training: 100.0% of validation, 0.0% of test; only what the titles")
+    assert "100.0% of test; evaluation.exclude_seen makes them unreachable: turn it off" in said[2]
+    assert list(remarks(published.stats, exclude_seen=True))[2].endswith("0.0% of validation, 0.0% of test")
 
 
 def test_candidates_survive(tmp_path: Path, config: InteractionsData) -> None:

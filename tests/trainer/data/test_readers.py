@@ -317,7 +317,8 @@ def test_histories_as_text_and_as_lists(tmp_path: Path, extension: str) -> None:
         (("u", "1", "99", "1"), "the target is not in the items file", "row 3: '99'"),
         (("u", "1", "", "1"), "the target is not in the items file", "row 3: ''"),
         (("", "1", "1", "1"), "no user id", "row 3: '1'"),
-        (("u", "1", "1", "1 98"), "the candidates holds unknown items", "row 3: '1 98'"),
+        (("u", "1", "1", "1 98"), "the candidates hold unknown items", "row 3: '1 98'"),
+        (("u", "1", "1", "2 3"), "the candidates miss the target", "row 3: '2 3'"),
     ],
 )
 def test_bad_windows(tmp_path: Path, row: tuple[object, ...], problem: str, example: str, on_error: OnError) -> None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from recommender.errors import UserError
 from trainer.config import ClusterConfig, MLflowConfig, TrackingConfig
 from trainer.experiment import Experiment, load_experiment
-from trainer.reporting.curves import Curves
+from trainer.reporting.curves import Curves, add_floors
 from trainer.reporting.tracking import Tracking, check_tracking, open_runs, tracked
 from trainer.run import TRACKING
 from trainer.world.config import WorldConfig
@@ -73,6 +73,10 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run(tmp_path: Path) -> None:
     assert found.data.params["objective.kind"] == "ilrec"
     history = client.get_metric_history(found.info.run_id, "epoch/validation_NDCG_10")
     assert {point.step: point.value for point in history} == {1: 0.1, 2: 0.2, 3: 0.3, 4: 0.4}
+    (run.storage / "training.json").write_text('[{"step": 4}]')
+    add_floors(run, run.storage, {"model": {}, "itemknn": {"NDCG@10": 0.5}}, pytest.fail)
+    client, found = ask()
+    assert (found.data.metrics["validation/itemknn/NDCG_10"], found.info.status) == (0.5, "FINISHED")
 
 
 def test_a_resumed_run_goes_on_in_the_same_offline_wandb_run(tmp_path: Path) -> None:
