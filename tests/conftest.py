@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,17 +28,28 @@ os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process for each ru
 _CLUSTERS = ("service/", "deploy/", "trainer/loop/test_survival.py")  # Serve, job servers, clusters of several nodes
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In two processes (`pytest -n 2 --dist loadgroup`): what shares a Ray runs in one of them, so do endpoints and
-    clusters; all else goes by file to whoever is free.
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """In two processes (`pytest -n 2`): what shares a Ray runs in one of them, so do endpoints and clusters; all else
+    goes by file to whoever is free.
+
+    By files, since xdist 3.8 does not see the groups of tests under pytest 9.2 (pytest-dev/pytest-xdist#1386).
     """
+    from xdist.scheduler import LoadScopeScheduling
+
     here = Path(__file__).parent
-    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
-    for item in items:
-        file = item.path.relative_to(here).as_posix()
-        group = "clusters" if file.startswith(_CLUSTERS) else "ray" if item.path in on_ray else file
-        item.add_marker(pytest.mark.xdist_group(group))
+
+    @cache
+    def group(file: str) -> str:
+        path = config.rootpath / file
+        if path.relative_to(here).as_posix().startswith(_CLUSTERS):
+            return "clusters"
+        return "ray" if "ray_cluster" in path.read_text() else file
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid.partition("::")[0])
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")
