@@ -54,13 +54,13 @@ class ScoredRecommender(ABC):
         self.manifest = manifest
 
     @property
-    @abstractmethod
     def items(self) -> int:
         """How many have scores: all, but for a model that was trained before some were added."""
+        return len(self.catalogue)
 
-    @abstractmethod
     def save_model(self, directory: Path) -> None:
         """Write what a bundle of it holds beside the catalogue and the manifest."""
+        raise NotImplementedError(f"{type(self).__name__} has no bundle")
 
     def save(self, directory: str | Path) -> None:
         """Write the bundle; complete or absent."""
