@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from recommender.bundle import FLOORS, Manifest, kind_of, peek_manifest
 from recommender.collaborative.recommender import CollaborativeRecommender
@@ -79,7 +80,7 @@ def blend(
         raise UserError(f"{bundle}: holds {kind}, whose scores are no log-probabilities; blend a language model or a "
                         "collaborative one")  # fmt: skip
     dataset = Dataset.load(prepared.dataset)
-    device = "cuda" if experiment.cluster.gpus_per_worker else "cpu"
+    device = "cuda" if experiment.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu"
     recommender = load_recommender(bundle, device)
     assert isinstance(recommender, Recommender | CollaborativeRecommender)
     if recommender.catalogue.item_ids != dataset.item_ids:
