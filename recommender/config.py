@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from recommender.errors import UserError
 
@@ -33,7 +33,11 @@ class CustomClass(StrictModel):
 class IdentifierConfig(StrictModel):
     """How an item is spelled in tokens."""
 
-    kind: Literal["title"] = Field("title", description="'title': the item's title (BIGRec).")
+    kind: Literal["title", "item"] = Field(
+        "title",
+        description="'title': the item's title (BIGRec); 'item': one token of its own, added to the tokenizer and "
+        "learnt from interactions alone, so that items without any are at chance.",
+    )
     template: str = Field("{title}", description="The text that is spelled, e.g. '\"{title}\"' to quote titles.")
     max_tokens: int = Field(
         32,
@@ -49,6 +53,14 @@ class IdentifierConfig(StrictModel):
             raise ValueError("must hold {title} exactly once")
         return template
 
+    @model_validator(mode="after")
+    def _is_read(self) -> IdentifierConfig:
+        fields = type(self).model_fields
+        given = [name for name in ("template", "max_tokens") if getattr(self, name) != fields[name].default]
+        if self.kind == "item" and given:
+            raise ValueError(f"identifier.{given[0]} is of kind: title; leave it out for kind: item, which spells none")
+        return self
+
 
 class PromptTemplate(NamedTuple):
     """What stands around the items of a history; '{end}' is the end token."""
@@ -59,9 +71,11 @@ class PromptTemplate(NamedTuple):
 
 
 # "compact" has no words: a history reads like a chain of responses, and a training row holds every item once. It suits
-# presets, which know no language anyway. The others suit pretrained backbones.
+# presets, which know no language anyway. "items" has nothing between items either, for identifiers of one token: what
+# predicts the next item is the last item itself. The others suit pretrained backbones.
 TEMPLATES = {
     "compact": PromptTemplate("", "{end}", "{end}"),
+    "items": PromptTemplate("{end}", "", ""),
     "products": PromptTemplate("A customer bought these products, oldest first:", "\n- ", "\nThe next product:\n- "),
     "books": PromptTemplate("A reader read these books, oldest first:", "\n- ", "\nThe next book:\n- "),
     "movies": PromptTemplate("A viewer watched these movies, oldest first:", "\n- ", "\nThe next movie:\n- "),
@@ -73,10 +87,11 @@ TEMPLATES = {
 class PromptConfig(StrictModel):
     """The text around a history. Each piece is tokenised by itself, so that no token crosses an item's border."""
 
-    template: Literal["compact", "products", "books", "movies", "music", "games"] | CustomClass = Field(
+    template: Literal["compact", "items", "products", "books", "movies", "music", "games"] | CustomClass = Field(
         "compact",
-        description="A ready prompt for a domain; 'compact' (no words) for presets trained from scratch. Or a Wording "
-        "of your own: {class: my.prompts:Mine, options: {…}}.",
+        description="A ready prompt for a domain; 'compact' (no words) for presets trained from scratch, 'items' "
+        "(nothing between items) with identifier.kind: item. Or a Wording of your own: {class: my.prompts:Mine, "
+        "options: {…}}.",
     )
     prefix: str | None = Field(None, description="In place of the template's: opens the prompt, the instruction.")
     separator: str | None = Field(None, description="In place of the template's: precedes each item of the history.")
@@ -112,15 +127,32 @@ class Preset(NamedTuple):
     mlp: int
 
 
-PRESETS = {"tiny": Preset(128, 4, 4, 352), "small": Preset(256, 6, 8, 704), "base": Preset(512, 8, 8, 1408)}
+PRESETS = {
+    "mini": Preset(64, 2, 2, 176),
+    "tiny": Preset(128, 4, 4, 352),
+    "small": Preset(256, 6, 8, 704),
+    "base": Preset(512, 8, 8, 1408),
+}
 
 
 class PresetBackbone(StrictModel):
     """A small Llama trained from scratch, with a tokenizer trained on the catalogue. Needs no download."""
 
     kind: Literal["preset"] = "preset"
-    size: Literal["tiny", "small", "base"] = Field("tiny", description="tiny ≈ 1M, small ≈ 6M, base ≈ 30M weights.")
-    vocabulary: int = Field(4096, ge=300, description="Size of the byte-level BPE vocabulary; bytes need 256.")
+    size: Literal["mini", "tiny", "small", "base"] = Field(
+        "tiny",
+        description="tiny ≈ 1M, small ≈ 6M, base ≈ 30M weights; mini ≈ 0.1M and 64 an item, for identifier.kind: item.",
+    )
+    vocabulary: int = Field(
+        4096, ge=300, description="Size of the byte-level BPE vocabulary that spells titles; bytes need 256."
+    )
+    embedding_scale: float = Field(
+        1.0,
+        gt=0,
+        description="What token vectors are multiplied by when they are read; not in the prediction layer, which is "
+        "the same table. √hidden (mini: 8) lets items with a token each learn faster, and titles more slowly. Other "
+        "than 1: the model is a Granite, a Llama with this factor.",
+    )
     lora: LoraConfig | None = Field(None, description="Train adapters only (of use with `init_from`).")
 
 

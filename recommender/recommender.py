@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from recommender.backbone.backbone import Backbone, add_lora, shortened
+from recommender.backbone.backbone import Backbone, add_lora, make_room, shortened
 from recommender.backbone.bases import Bases, load_model
 from recommender.bundle import LANGUAGE_MODEL, MANIFEST, Manifest, read_manifest, write_bundle
 from recommender.catalogue.catalogue import Catalogue
@@ -27,7 +27,7 @@ from recommender.search.scoring import CandidateScorer
 from recommender.search.search import HEADROOM, TreeSearch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "adapter_config.json"  # marks a bundle that holds an adapter
 
@@ -239,8 +239,21 @@ class Recommender:
         return prompt
 
 
-def starting_point(bundle: str | Path, lora: LoraConfig | None, dtype: torch.dtype, seed: int = 0) -> Backbone:
-    """A bundle's model to train on: an adapter is folded in, LoRA adapters drawn from `seed` go on top if asked for."""
+def starting_point(
+    bundle: str | Path,
+    lora: LoraConfig | None,
+    dtype: torch.dtype,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Backbone:
+    """A bundle's model to train on: an adapter is folded in, LoRA adapters drawn from `seed` go on top if asked for.
+
+    Args:
+        tokenizer: the bundle's with tokens for further items, whose vectors are drawn from `seed`; None = the bundle's.
+
+    Raises:
+        UserError: no language model's bundle, or adapters that cannot be saved or would leave new vectors untrained.
+    """
     source = Path(bundle).expanduser().absolute()
     if lora is not None and (source / ADAPTER).exists():
         raise UserError(
@@ -248,9 +261,17 @@ def starting_point(bundle: str | Path, lora: LoraConfig | None, dtype: torch.dty
             "first (ilrec export BUNDLE OUT --merge) and start from that, or train without backbone.lora"
         )
     model: Any = _merged(source, dtype)
+    own = ItemSpace.load(source).tokenizer
+    tokenizer = tokenizer or own
+    if lora is not None and len(tokenizer) > len(own):
+        raise UserError(
+            f"backbone.lora: {len(tokenizer) - len(own)} items have no token in {source}, and adapters do not train "
+            "the vectors of new ones; leave lora out, or train on the items that the model knows"
+        )
+    make_room(model, tokenizer, seed)
     if lora is not None:
         model = add_lora(model, lora, seed)
-    return Backbone(model, ItemSpace.load(source).tokenizer)
+    return Backbone(model, tokenizer)
 
 
 def language_model_manifest(bundle: Path) -> Manifest:

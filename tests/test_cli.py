@@ -145,6 +145,12 @@ def test_a_bad_override_is_refused(config: Path, override: str, says: str) -> No
         ("name: my\nworld: {}\nstorage: ${NOWHERE}\n", "the environment variable NOWHERE is not set"),
         ("name: my\nworld: {items: 10000000}\n", "world.items: Input should be less than or equal to 2000000"),
         ("name: my\nworld: {}\nbackbone: {kind: preset, lora: {}}\n", "need `init_from`"),
+        ("name: my\nworld: {}\nidentifier: {kind: item, max_tokens: 8}\n", "identifier.max_tokens is of kind: title"),
+        ("name: my\nworld: {}\nidentifier: {kind: itm}\n", "identifier.kind: Input should be 'title' or 'item'"),
+        (
+            "name: my\nworld: {}\nidentifier: {kind: item}\nbackbone: {kind: pretrained, path: p, lora: {}}\n",
+            "backbone.lora: identifier.kind: item adds a token for each item, whose vectors adapters do not train",
+        ),
     ],
 )
 def test_a_bad_config_is_refused(config: Path, content: str, says: str) -> None:

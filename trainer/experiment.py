@@ -106,6 +106,11 @@ class Experiment(StrictModel):
             raise ValueError(
                 "backbone.lora: adapters on a preset with fresh weights need `init_from`; or leave lora out"
             )
+        if self.identifier.kind == "item" and self.backbone.lora is not None and self.init_from is None:
+            raise ValueError(
+                "backbone.lora: identifier.kind: item adds a token for each item, whose vectors adapters do not train; "
+                "leave lora out, or start from a model that has them (init_from)"
+            )
         return self
 
     @property

@@ -128,7 +128,8 @@ def item_space(experiment: Experiment, catalogue: Catalogue) -> ItemSpace:
         language_model_manifest(bundle)
         tokenizer = ItemSpace.load(bundle).tokenizer
     else:
-        tokenizer = load_tokenizer(experiment.backbone, catalogue.titles)
+        spelled = catalogue.titles if experiment.identifier.kind == "title" else []
+        tokenizer = load_tokenizer(experiment.backbone, spelled)
     return ItemSpace.build(catalogue, tokenizer, experiment.identifier, experiment.prompt)
 
 
@@ -148,10 +149,12 @@ def spelling_stats(space: ItemSpace) -> dict[str, float]:
     what cutting does to titles."""
     nodes = space.trie.prediction_nodes()
     valid = np.where(nodes >= 0, space.trie.child_count[nodes], 1)
+    titles = space.catalogue.titles if space.identifier_config.kind == "title" else []
+    losses = title_losses(titles, space.tokenizer, space.identifier_config)
     return {
         "tokens_per_item": float(np.diff(space.identifiers.offsets).mean()),
         "valid_tokens_per_position": float(valid.mean()),
         "branching_positions": float((nodes >= 0).mean()),
         "root_children": int(space.trie.child_count[0]),
-        **title_losses(space.catalogue.titles, space.tokenizer, space.identifier_config),
+        **losses,
     }

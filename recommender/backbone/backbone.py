@@ -242,9 +242,18 @@ def load_backbone(
             raise UserError(
                 f"backbone.path: no model can be loaded from {config.path!r}: {shortened(error)}"
             ) from error
+        make_room(model, tokenizer, seed)
     if config.lora is not None:
         model = add_lora(model, config.lora, seed)
     return Backbone(model, tokenizer)
+
+
+def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> None:
+    """Give a model vectors, drawn from `seed` as its own were, for tokens that were added to its tokenizer."""
+    if len(tokenizer) > model.config.vocab_size:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -254,25 +263,29 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _preset(config: PresetBackbone, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
     shape = PRESETS[config.size]
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        intermediate_size=shape.mlp,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
+        "intermediate_size": shape.mlp,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(llama)
+        if config.embedding_scale == 1:
+            return LlamaForCausalLM(LlamaConfig(**settings))
+        settings["embedding_multiplier"] = config.embedding_scale
+        settings["attention_multiplier"] = (shape.hidden // shape.heads) ** -0.5  # as a Llama's
+        return GraniteForCausalLM(GraniteConfig(**settings, residual_multiplier=1.0, logits_scaling=1.0))
 
 
 def empty_backbone(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase, start: str | None) -> Backbone:
@@ -290,6 +303,7 @@ def empty_backbone(config: BackboneConfig, tokenizer: PreTrainedTokenizerBase, s
             model = AutoModelForCausalLM.from_config(_read_config(str(start), None))
         else:
             model = AutoModelForCausalLM.from_config(_read_config(config.path, config.revision))
+        make_room(model, tokenizer, seed=0)
         if config.lora is not None:
             model = add_lora(model, config.lora)
     return Backbone(model, tokenizer)

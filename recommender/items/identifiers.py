@@ -1,4 +1,4 @@
-"""Identifiers: how each item is spelled in tokens (BIGRec: by its title)."""
+"""Identifiers: how each item is spelled in tokens: by its title (BIGRec), or by one token of its own."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def spell_titles(
     Raises:
         UserError: the tokenizer has no end token, or a distinguishing suffix does not fit into `max_tokens`.
     """
-    if tokenizer.eos_token_id is None:
-        raise UserError("backbone: its tokenizer has no end-of-sequence token, which closes every identifier")
-    end = int(tokenizer.eos_token_id)
+    end = _end_token(tokenizer)
     texts = [config.template.replace("{title}", title) for title in titles]
     tokens, lengths = _encode(texts, tokenizer, end, config.max_tokens)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -91,6 +89,31 @@ def title_losses(titles: Sequence[str], tokenizer: PreTrainedTokenizerBase, conf
         "colliding_titles": len(titles) - len(kept),
         "colliding_once_cut": len(whole) - len(kept),
     }
+
+
+def spell_items(item_ids: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Identifiers:
+    """Give each item a token of its own, closed by the end token as all identifiers are.
+
+    The tokens are named after the ids, and those that the tokenizer lacks are added to it. So an item has the same one
+    wherever training goes on with more data. They are special tokens: no text is ever read as one by chance.
+
+    Raises:
+        UserError: the tokenizer has no end token.
+    """
+    from transformers import AddedToken
+
+    end = _end_token(tokenizer)
+    names = [f"<item {item_id}>" for item_id in item_ids]
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in names], special_tokens=True)
+    tokens = np.full((len(names), 2), end, np.int32)
+    tokens[:, 0] = tokenizer.convert_tokens_to_ids(names)
+    return Identifiers(tokens.ravel(), np.arange(0, 2 * len(names) + 1, 2), end)
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise UserError("backbone: its tokenizer has no end-of-sequence token, which closes every identifier")
+    return int(tokenizer.eos_token_id)
 
 
 def _encode(

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from recommender.catalogue.catalogue import Catalogue
 from recommender.config import IdentifierConfig, PromptConfig
 from recommender.errors import UserError
-from recommender.items.identifiers import Identifiers, spell_titles
+from recommender.items.identifiers import Identifiers, spell_items, spell_titles
 from recommender.items.prompt import Prompt
 from recommender.items.trie import RadixTrie
 
@@ -61,8 +61,15 @@ class ItemSpace:
         identifier_config: IdentifierConfig,
         prompt_config: PromptConfig,
     ) -> ItemSpace:
-        """Spell every item of the catalogue and build the trie over the spellings."""
-        identifiers = spell_titles(catalogue.titles, tokenizer, identifier_config)
+        """Spell every item of the catalogue and build the trie over the spellings.
+
+        Args:
+            tokenizer: of the backbone; gets the items' tokens where they have some of their own.
+        """
+        if identifier_config.kind == "item":
+            identifiers = spell_items(catalogue.item_ids, tokenizer)
+        else:
+            identifiers = spell_titles(catalogue.titles, tokenizer, identifier_config)
         trie = RadixTrie.build(identifiers.tokens, identifiers.offsets)
         return cls(catalogue, tokenizer, identifiers, trie, identifier_config, prompt_config)
 
@@ -70,8 +77,14 @@ class ItemSpace:
         """With further items behind those that it has, whose identifiers stay as they are.
 
         Raises:
-            UserError: an item id of `further` is known already, or its titles cannot be spelled.
+            UserError: an item id of `further` is known already, its titles cannot be spelled, or items have tokens of
+                their own, of which new ones have none.
         """
+        if self.identifier_config.kind == "item":
+            raise UserError(
+                "identifier.kind: item: the model has a token for each item that it was trained on, and none for new "
+                "ones; train on data that hold them (init_from keeps what it knows), or a model with kind: title"
+            )
         catalogue = self.catalogue.extended(further)
         new = spell_titles(further.titles, self.tokenizer, self.identifier_config, self.trie)
         tokens = np.concatenate([self.identifiers.tokens, new.tokens])

@@ -16,11 +16,25 @@ import pytest
 import torch
 
 from recommender import golden
-from recommender.backbone.backbone import Backbone, count_layers
+from recommender.backbone.backbone import (
+    Backbone,
+    count_layers,
+    empty_backbone,
+    load_backbone,
+    load_tokenizer,
+    train_tokenizer,
+)
 from recommender.backbone.bases import Bases
 from recommender.bundle import Manifest, read_manifest, write_bundle
 from recommender.catalogue.catalogue import Catalogue
-from recommender.config import LoraConfig, SearchConfig
+from recommender.config import (
+    IdentifierConfig,
+    LoraConfig,
+    PresetBackbone,
+    PretrainedBackbone,
+    PromptConfig,
+    SearchConfig,
+)
 from recommender.errors import UserError
 from recommender.items.item_space import ItemSpace
 from recommender.recommender import Recommender, extend_bundle, merge_adapter, starting_point
@@ -222,6 +236,91 @@ def test_new_items_are_named_without_training(tiny_bundle: Path, tmp_path: Path)
     answer = after.recommend([[3, 200]], 202)[0]
     assert sorted(answer.items) == list(range(202))
     np.testing.assert_allclose(answer.scores, np.sort(BruteForce(tmp_path / "more").scores([3, 200]))[::-1], atol=1e-4)
+
+
+# ---- Items with one token each ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def item_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with random weights whose 200 items have a token each."""
+    identifier, prompt = IdentifierConfig(kind="item"), PromptConfig(template="items", history=8)
+    space = ItemSpace.build(Catalogue.load(tiny_bundle), train_tokenizer([], 4096), identifier, prompt)
+    backbone = load_backbone(PresetBackbone(size="mini", embedding_scale=8), space.tokenizer, seed=1)
+    directory = tmp_path_factory.mktemp("items") / "bundle"
+    Recommender(space, backbone, Manifest(name="items")).save(directory)
+    return directory
+
+
+def test_items_with_one_token_are_found_ranked_and_spelled(item_bundle: Path) -> None:
+    force, recommender = BruteForce(item_bundle), Recommender.load(item_bundle)
+    assert recommender.space.trie.nodes == 201
+    for history, answer in zip(HISTORIES, answers(item_bundle), strict=True):
+        scores = force.scores(history)
+        assert answer["exact"]
+        assert answer["expansions"] == 0, "the root's children are all there is"
+        np.testing.assert_allclose(answer["scores"], np.sort(scores)[::-1][:7], atol=1e-4)
+    history = [3, 50]
+    np.testing.assert_allclose(
+        recommender.rank([history], [[9, 199, 3]])[0], force.scores(history)[[9, 199, 3]], atol=1e-4
+    )
+    name = f"<item {recommender.catalogue.item_ids[9]}>"
+    for score in ("valid", "full"):
+        ((text, of_item), (_, of_end)), _ = recommender.spellings(history, [9, 7], score)
+        assert text == name
+        assert of_end == 0 if score == "valid" else of_end < 0
+        assert of_item + of_end == pytest.approx(recommender.rank([history], [[9]], score)[0][0], abs=1e-5)
+    found = recommender.recommend([history], 5, search=SearchConfig(score="full"))[0]
+    of_all = recommender.rank([history], [list(range(200))], "full")[0]
+    np.testing.assert_allclose(found.scores, np.sort(of_all)[::-1][:5], atol=1e-4)
+
+
+def test_plain_transformers_reads_items_with_one_token(item_bundle: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(item_bundle), AutoModelForCausalLM.from_pretrained(item_bundle)
+    space = ItemSpace.load(item_bundle)
+    names = [f"<item {space.catalogue.item_ids[item]}>" for item in (3, 50)]
+    written = tokenizer("</s>" + "".join(names), add_special_tokens=False)["input_ids"]
+    assert written == space.prompt.encode([3, 50]).tolist()
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer) == 258 + 200
+
+
+def test_new_items_without_a_token_are_refused(item_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"identifier\.kind: item: the model has a token for each item"):
+        extend_bundle(item_bundle, Catalogue(["new1"], ["A tent for two"]), tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+def test_training_goes_on_with_more_items(item_bundle: Path) -> None:
+    known = ItemSpace.load(item_bundle)
+    catalogue = Catalogue(["new", *known.catalogue.item_ids], ["A tent", *known.catalogue.titles])
+    space = ItemSpace.build(catalogue, known.tokenizer, known.identifier_config, known.prompt.config)
+    before, after, other = (
+        starting_point(item_bundle, None, torch.float32, seed, tokenizer)
+        for seed, tokenizer in ((0, None), (0, space.tokenizer), (1, space.tokenizer))
+    )
+    assert space.identifiers.spelled(0)[0] == before.vocabulary
+    assert after.vocabulary == before.vocabulary + 1 == after.head.weight.shape[0]
+    assert torch.equal(after.head.weight[:-1], before.head.weight)
+    assert not torch.equal(after.head.weight[-1], other.head.weight[-1]), "drawn from the seed"
+    with pytest.raises(UserError, match=r"backbone\.lora: 1 items have no token in"):
+        starting_point(item_bundle, LoraConfig(rank=2), torch.float32, 0, space.tokenizer)
+
+
+def test_a_pretrained_model_gets_room_for_items(tiny_bundle: Path) -> None:
+    catalogue = Catalogue.load(tiny_bundle)
+    config = PretrainedBackbone(kind="pretrained", path=str(tiny_bundle))
+    tokenizer = load_tokenizer(config, [])
+    letters = len(tokenizer)
+    space = ItemSpace.build(catalogue, tokenizer, IdentifierConfig(kind="item"), PromptConfig(template="products"))
+    backbone = load_backbone(config, space.tokenizer, seed=1)
+    assert backbone.vocabulary == backbone.head.weight.shape[0] == letters + 200
+    assert 0.015 < float(backbone.head.weight[letters:].detach().std()) < 0.025
+    assert empty_backbone(config, space.tokenizer, None).vocabulary == letters + 200
+    answer = Recommender(space, backbone, Manifest(name="items")).recommend([[3, 50]], 200)[0]
+    assert answer.exact
+    assert sorted(answer.items) == list(range(200))
 
 
 def test_a_known_item_is_not_added(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def starting_backbone(experiment: Experiment, space: ItemSpace) -> Backbone:
     dtype, seed = dtype_of(experiment.training.precision), experiment.training.seed
     if experiment.init_from is None:
         return load_backbone(experiment.backbone, space.tokenizer, dtype, seed)
-    return starting_point(experiment.init_from, experiment.backbone.lora, dtype, seed)
+    return starting_point(experiment.init_from, experiment.backbone.lora, dtype, seed, space.tokenizer)
 
 
 def reward_source(

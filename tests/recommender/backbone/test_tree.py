@@ -108,6 +108,16 @@ def test_a_sliding_window_is_found_out_beyond_its_size() -> None:
         check_tree(_backbone(model), 96)
 
 
+def test_a_preset_with_a_scale_is_a_llama_that_reads_larger_vectors() -> None:
+    tokenizer = train_tokenizer(["a red kettle", "blue lamp"], 300)
+    plain, scaled = (load_backbone(PresetBackbone(size="mini", embedding_scale=s), tokenizer) for s in (1.0, 8.0))
+    check_tree(scaled, 96)
+    scaled.model.load_state_dict(plain.model.state_dict())
+    plain.decoder.get_input_embeddings().register_forward_hook(lambda *call: 8 * call[2])
+    tokens = torch.arange(20)[None]
+    torch.testing.assert_close(scaled.model(tokens).logits, plain.model(tokens).logits)
+
+
 def test_a_preset_in_bfloat16_turns_by_exact_angles() -> None:
     tokenizer = train_tokenizer(["a red kettle", "blue lamp"], 300)
     exact, rounded = (

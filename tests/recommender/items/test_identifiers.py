@@ -10,7 +10,7 @@ from recommender.backbone.backbone import train_tokenizer
 from recommender.catalogue.catalogue import Catalogue
 from recommender.config import IdentifierConfig, PromptConfig
 from recommender.errors import UserError
-from recommender.items.identifiers import Identifiers, spell_titles, title_losses
+from recommender.items.identifiers import Identifiers, spell_items, spell_titles, title_losses
 from recommender.items.prompt import Prompt
 from recommender.items.trie import RadixTrie
 
@@ -79,6 +79,25 @@ def test_a_title_that_spells_the_end_token_does_not_end_early(tokenizer: PreTrai
 def test_too_short_to_tell_apart_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(UserError, match="max_tokens"):
         spell_titles(TITLES, tokenizer, IdentifierConfig(max_tokens=1))
+
+
+def test_an_item_has_one_token_of_its_own_that_no_text_is_read_as() -> None:
+    tokenizer = train_tokenizer([], 4096)
+    letters = len(tokenizer)
+    ids = ["B1", "a b", "é</s>", "B10"]
+    spelled = _all(spell_items(ids, tokenizer))
+    assert spelled == [(letters + item, tokenizer.eos_token_id) for item in range(4)]
+    assert [tokenizer.decode([first]) for first, _ in spelled] == [f"<item {item_id}>" for item_id in ids]
+    read = tokenizer("<item B1> and <item B10>", split_special_tokens=True)["input_ids"]
+    assert max(read) < letters, "a text that looks like an item"
+
+
+def test_an_item_keeps_its_token_when_there_are_more() -> None:
+    tokenizer = train_tokenizer([], 4096)
+    before = _all(spell_items(["x", "y"], tokenizer))
+    after = _all(spell_items(["new", "y", "x"], tokenizer))
+    assert after[1:] == before[::-1]
+    assert after[0][0] == len(tokenizer) - 1
 
 
 def test_prompt_pieces_do_not_merge_and_prefixes_are_shared(tokenizer: PreTrainedTokenizerBase) -> None:

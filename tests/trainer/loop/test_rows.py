@@ -58,6 +58,12 @@ def _space(prompt: PromptConfig) -> ItemSpace:
     return ItemSpace.build(catalogue, train_tokenizer(TITLES, 300), IdentifierConfig(), prompt)
 
 
+def _item_space() -> ItemSpace:
+    catalogue = Catalogue([str(i) for i in range(len(TITLES))], TITLES)
+    prompt = PromptConfig(template="items", history=HISTORY)
+    return ItemSpace.build(catalogue, train_tokenizer([], 300), IdentifierConfig(kind="item"), prompt)
+
+
 def _start(position: int, rule: str) -> int:
     """The history rule, once more and slowly: the first window start that leaves at most H items."""
     if rule == "sliding":
@@ -156,6 +162,24 @@ def test_trees_equal_one_sample_a_row(rule: str, prompt: PromptConfig, objective
     assert tree_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(tree_gradients[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("rule", ["sliding", "anchored"])
+def test_items_of_one_token_make_rows_without_anything_between(rule: str) -> None:
+    dataset, space = _dataset(), _item_space()
+    rows = TrainingRows(dataset, space, TrainingConfig(windows=rule), branching_only=True)
+    assert rows.lengths.tolist() == [len(row) for row in rows]
+    first = space.identifiers.tokens[::2]
+    for row in rows:
+        assert row.tokens[0] == space.identifiers.end
+        opens = row.nodes == 0  # the end token, which is forced, is the other prediction of a sample
+        assert (row.nodes[~opens] == -1).all()
+        assert (row.source[opens] >= 1).all(), "the last item of a history predicts the next"
+        if rule == "anchored":
+            source, target = row.source[opens], row.target[opens]
+            assert (row.tokens[source[:-1] + 1] == target[:-1]).all()
+    items = first[dataset.flat_items[dataset.offsets[1] : dataset.offsets[2]]].tolist()
+    assert [1, *items] in [row.tokens.tolist() for row in rows], "the sequence of five items, in one row"
 
 
 def test_held_out_targets_are_in_no_row() -> None:
