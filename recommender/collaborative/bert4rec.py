@@ -61,7 +61,7 @@ class BERT4Rec(CollaborativeModel):
         places = torch.arange(items.shape[1], device=items.device)
         readable = places < lengths[:, None]
         before_the_end = (lengths[:, None] - 1 - places).clamp(min=0)
-        states = self.dropout(self.table(items) + self.positions(before_the_end))
+        states = self.dropout(self.vectors(items) + self.positions(before_the_end))
         for block in self.blocks:
             states = block(states, readable)
         return self.norm(states[at])

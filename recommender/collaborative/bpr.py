@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recommender.collaborative.config import BPRConfig
@@ -21,15 +20,9 @@ class BPR(CausalModel):
 
     def __init__(self, config: BPRConfig, items: int):
         super().__init__(config, items)
-        self.taste = nn.Embedding(items, config.dim)
+        self.taste = self.item_vectors(items)
         self.dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.taste.weight, std=0.02)
 
     def states(self, items: Tensor) -> Tensor:
         return running_mean(self.dropout(self.taste(items)))
-
-    def prediction_loss(self, embeddings: Tensor, targets: Tensor, negatives: Tensor | None) -> Tensor:
-        assert negatives is not None  # its config always asks for them
-        positive, negative = self.sampled_scores(embeddings, targets, negatives)
-        # A negative that is the target itself gives −log σ(∞) = 0.
-        return F.softplus(negative - positive[:, None]).mean(1).sum()

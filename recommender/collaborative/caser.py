@@ -32,7 +32,7 @@ class Caser(CausalModel):
         self.dropout = nn.Dropout(config.dropout)
 
     def states(self, items: Tensor) -> Tensor:
-        vectors = self.dropout(self.table(items))
+        vectors = self.dropout(self.vectors(items))
         before = F.pad(vectors, (0, 0, self.window - 1, 0))  # zeros in front of the first item
         images = before.unfold(1, self.window, 1)  # [B, T, dim, window], a view
         tall = [self._found(before, height) for height in range(1, self.window + 1)]

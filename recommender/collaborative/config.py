@@ -9,6 +9,20 @@ from pydantic import Field, model_validator
 from recommender.config import StrictModel
 
 
+class ContentConfig(StrictModel):
+    """Text that item vectors are made of, beside a vector of each item's own: unseen items have a score then."""
+
+    columns: list[str] = Field(["title"], min_length=1, description="Columns of the items file that hold the text.")
+    dimensions: int = Field(128, ge=1, description="Of the text vectors: TF-IDF of words, reduced by an SVD.")
+    own: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="Share of the items that keep the vector of their own in a training step; the others are read and "
+        "predicted by their text alone, as unseen items are.",
+    )
+
+
 class CollaborativeModelConfig(StrictModel):
     """What all collaborative models share: the vectors, the history, the optimisation."""
 
@@ -23,10 +37,30 @@ class CollaborativeModelConfig(StrictModel):
     negatives: int | None = Field(
         None,
         ge=1,
-        description="null: softmax over all items. N: over the target and N uniformly drawn items that the whole "
-        "batch shares, for catalogues too large for that.",
+        description="null: each target competes with all items. N: with N uniformly drawn items that the whole batch "
+        "shares; a step then touches no more of the item table than it reads.",
     )
+    loss: Literal["softmax", "gbce", "bpr"] = Field(
+        "softmax",
+        description="softmax: over the target and the items that it competes with. gbce: binary cross-entropy, "
+        "calibrated for the number of negatives (gSASRec). bpr: of pairs. The last two need `negatives`.",
+    )
+    calibration: float = Field(
+        0.75, ge=0, le=1, description="gBCE's t. 0: plain binary cross-entropy; 1: probabilities as without sampling."
+    )
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="A score is the cosine of embedding and item vector, divided by this. null: their product.",
+    )
+    content: ContentConfig | None = Field(None, description="Text behind the item vectors. null: none.")
     seed: int = Field(0, description="Of fresh weights, the order of the sequences and dropout.")
+
+    @model_validator(mode="after")
+    def _pairs_need_negatives(self) -> CollaborativeModelConfig:
+        if self.loss != "softmax" and self.negatives is None:
+            raise ValueError(f"loss: {self.loss} compares targets with negatives; set negatives (say 256)")
+        return self
 
 
 class AttentionConfig(CollaborativeModelConfig):
@@ -46,6 +80,15 @@ class SASRecConfig(AttentionConfig):
     """Self-attentive sequential recommendation (Kang and McAuley, 2018)."""
 
     kind: Literal["sasrec"] = "sasrec"
+
+
+class ESASRecConfig(AttentionConfig):
+    """SASRec with gated layers, SwiGLU and sampled negatives (Tikhonovich et al., 2025)."""
+
+    kind: Literal["esasrec"] = "esasrec"
+    negatives: int | None = Field(
+        256, ge=1, description="As for the others; the paper's number, which makes a step quicker than all items do."
+    )
 
 
 class BERT4RecConfig(AttentionConfig):
@@ -84,8 +127,9 @@ class BPRConfig(CollaborativeModelConfig):
     negatives: int = Field(
         256, ge=1, description="Uniformly drawn items, shared by the batch, with which each target is compared."
     )
+    loss: Literal["softmax", "gbce", "bpr"] = Field("bpr", description="As for the others.")
 
 
 CollaborativeConfig = Annotated[
-    SASRecConfig | GRU4RecConfig | BERT4RecConfig | CaserConfig | BPRConfig, Field(discriminator="kind")
+    SASRecConfig | ESASRecConfig | GRU4RecConfig | BERT4RecConfig | CaserConfig | BPRConfig, Field(discriminator="kind")
 ]

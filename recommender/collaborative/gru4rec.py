@@ -29,5 +29,5 @@ class GRU4Rec(CausalModel):
         self.dropout = nn.Dropout(config.dropout)
 
     def states(self, items: Tensor) -> Tensor:
-        states, _ = self.gru(self.dropout(self.input_norm(self.table(items))))
+        states, _ = self.gru(self.dropout(self.input_norm(self.vectors(items))))
         return self.norm(self.out(self.dropout(states)))

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recommender.collaborative.config import CollaborativeModelConfig
+from recommender.collaborative.content import Content
+from recommender.collaborative.losses import bpr, gbce, gbce_exponent, sampled_softmax
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class CollaborativeModel(nn.Module, ABC):
         config: what it was made of.
         items: how many there are.
         table: the item vectors, [items + extra, dim].
+        content: while a model with `config.content` learns, what texts add to the table; see `fold_texts`.
         bias: float32 [items]; what an item scores whatever the history. An empty history scores just this.
     """
 
@@ -58,9 +61,33 @@ class CollaborativeModel(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.items = items
-        self.table = nn.Embedding(items + extra, config.dim)
+        self.table = self.item_vectors(items + extra)
         self.bias = nn.Parameter(torch.zeros(items))
+        self.content: Content | None = None
         nn.init.normal_(self.table.weight, std=0.02)
+
+    def item_vectors(self, rows: int) -> nn.Embedding:
+        """A table whose gradient holds just the rows that a batch reads, where no target competes with all items."""
+        return nn.Embedding(rows, self.config.dim, sparse=self.config.negatives is not None)
+
+    @torch.no_grad()
+    def learn_texts(self, texts: Tensor, known: Tensor) -> None:
+        """Add text vectors to the item vectors, until `fold_texts`.
+
+        Args:
+            texts: float32 [items, features].
+            known: bool [items]; items that training saw. The others have no vector of their own.
+        """
+        assert self.config.content is not None
+        self.content = Content(texts, known, self.config.dim, self.config.content.own)
+        self.table.weight[: self.items][~known] = 0
+
+    @torch.no_grad()
+    def fold_texts(self) -> None:
+        """Add what texts say to the table: the same scores from a model without texts."""
+        assert self.content is not None
+        self.table.weight[: self.items] += self.content.projection(self.content.texts)
+        self.content = None
 
     @abstractmethod
     def embed(self, histories: Sequence[np.ndarray]) -> Tensor:
@@ -82,14 +109,17 @@ class CollaborativeModel(nn.Module, ABC):
 
     def scores(self, embedding: Tensor) -> Tensor:
         """Scores of all items, of which a softmax makes probabilities: float32 [B, items] from embeddings [B, dim]."""
-        return F.linear(embedding.float(), self.table.weight[: self.items].float(), self.bias.float())
+        vectors = self.table.weight[: self.items].float()
+        if self.content is not None:
+            vectors = self.content(vectors, torch.arange(self.items, device=vectors.device))
+        return F.linear(self._query(embedding.float()), self._key(vectors), self.bias.float())
 
     @abstractmethod
     def loss_sum(self, batch: TrainingBatch) -> tuple[Tensor, int]:
         """The sum of the losses of a batch's targets, and how many of them it counts."""
 
     def prediction_loss(self, embeddings: Tensor, targets: Tensor, negatives: Tensor | None) -> Tensor:
-        """Σ −log softmax at the targets: over all items, or over the target and the negatives.
+        """The sum of the targets' losses, as `config.loss` says: beside all items, or beside the negatives.
 
         Uniform negatives need no correction: every item is as likely to be drawn. A negative that is the target of a
         row does not count in it.
@@ -100,16 +130,33 @@ class CollaborativeModel(nn.Module, ABC):
             negatives: int64 [N], or None.
         """
         if negatives is None:
-            return F.cross_entropy(self.scores(embeddings), targets, reduction="sum")
+            scores = self.scores(embeddings)
+            if self.content is not None:  # what training never saw does not learn that it never comes
+                scores = scores.masked_fill(~self.content.known, -torch.inf)
+            return F.cross_entropy(scores, targets, reduction="sum")
         positive, negative = self.sampled_scores(embeddings, targets, negatives)
-        logits = torch.cat([positive[:, None], negative], dim=1)
-        return F.cross_entropy(logits, torch.zeros_like(targets), reduction="sum")
+        if self.config.loss == "gbce":
+            return gbce(positive, negative, gbce_exponent(len(negatives), self.items, self.config.calibration))
+        return (bpr if self.config.loss == "bpr" else sampled_softmax)(positive, negative)
 
     def sampled_scores(self, embeddings: Tensor, targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of the targets [M] and of the negatives [M, N], −inf where a negative is the target."""
-        positive = (embeddings * self.table(targets)).sum(1) + self.bias[targets]
-        negative = F.linear(embeddings, self.table(negatives), self.bias[negatives])
+        queries = self._query(embeddings)
+        positive = (queries * self._key(self.vectors(targets))).sum(1) + self.bias[targets]
+        negative = F.linear(queries, self._key(self.vectors(negatives)), self.bias[negatives])
         return positive, negative.masked_fill(targets[:, None] == negatives, -torch.inf)
+
+    def vectors(self, items: Tensor) -> Tensor:
+        """Vectors of items: [..., dim] from int64 [...]."""
+        own = self.table(items)
+        return own if self.content is None else self.content(own, items)
+
+    def _query(self, embeddings: Tensor) -> Tensor:
+        temperature = self.config.temperature
+        return embeddings if temperature is None else F.normalize(embeddings, dim=1) / temperature
+
+    def _key(self, vectors: Tensor) -> Tensor:
+        return vectors if self.config.temperature is None else F.normalize(vectors, dim=1)
 
     def padded(self, histories: Sequence[np.ndarray], room: int = 0) -> tuple[Tensor, Tensor]:
         """The last `max_length` items of each history, padded with 0 on the right: int64 [B, T + room], lengths [B]."""

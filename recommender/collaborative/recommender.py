@@ -21,9 +21,11 @@ from recommender.collaborative.config import (
     BERT4RecConfig,
     CaserConfig,
     CollaborativeConfig,
+    ESASRecConfig,
     GRU4RecConfig,
     SASRecConfig,
 )
+from recommender.collaborative.esasrec import ESASRec
 from recommender.collaborative.gru4rec import GRU4Rec
 from recommender.collaborative.model import CollaborativeModel
 from recommender.collaborative.sasrec import SASRec
@@ -40,6 +42,8 @@ def build_model(config: CollaborativeConfig, items: int) -> CollaborativeModel:
     """A model with fresh weights, drawn from torch's global generator, over a catalogue of `items`."""
     if isinstance(config, SASRecConfig):
         return SASRec(config, items)
+    if isinstance(config, ESASRecConfig):
+        return ESASRec(config, items)
     if isinstance(config, GRU4RecConfig):
         return GRU4Rec(config, items)
     if isinstance(config, BERT4RecConfig):

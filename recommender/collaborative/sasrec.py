@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from recommender.collaborative.attention import Block
-from recommender.collaborative.config import SASRecConfig
+from recommender.collaborative.config import AttentionConfig
 from recommender.collaborative.model import CausalModel
 
 
@@ -20,11 +20,13 @@ class SASRec(CausalModel):
     before each layer, with a GELU between.
     """
 
-    def __init__(self, config: SASRecConfig, items: int):
+    block = Block
+
+    def __init__(self, config: AttentionConfig, items: int):
         super().__init__(config, items)
         self.positions = nn.Embedding(config.max_length, config.dim)
         self.blocks = nn.ModuleList(
-            Block(config.dim, config.heads, 4 * config.dim, config.dropout) for _ in range(config.layers)
+            self.block(config.dim, config.heads, 4 * config.dim, config.dropout) for _ in range(config.layers)
         )
         self.input_norm = nn.LayerNorm(config.dim)
         self.norm = nn.LayerNorm(config.dim)
@@ -33,7 +35,7 @@ class SASRec(CausalModel):
 
     def states(self, items: Tensor) -> Tensor:
         places = torch.arange(items.shape[1], device=items.device)
-        states = self.dropout(self.input_norm(self.table(items) + self.positions(places)))
+        states = self.dropout(self.input_norm(self.vectors(items) + self.positions(places)))
         for block in self.blocks:
             states = block(states)
         return self.norm(states)

@@ -1,8 +1,9 @@
-"""The five collaborative models: embeddings, scores, losses, bundles, and the recommender around them."""
+"""The collaborative models: embeddings, scores, losses, bundles, and the recommender around them."""
 
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import subprocess
 import sys
@@ -17,15 +18,19 @@ from torch import nn
 
 from recommender.bundle import Manifest, read_manifest
 from recommender.catalogue.catalogue import Catalogue
+from recommender.collaborative.attention import LiGRBlock
 from recommender.collaborative.bert4rec import BERT4Rec
 from recommender.collaborative.config import (
     BERT4RecConfig,
     BPRConfig,
     CaserConfig,
     CollaborativeConfig,
+    ContentConfig,
+    ESASRecConfig,
     GRU4RecConfig,
     SASRecConfig,
 )
+from recommender.collaborative.losses import bpr, gbce, gbce_exponent, sampled_softmax
 from recommender.collaborative.model import CausalModel, CollaborativeModel, TrainingBatch
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model, load_model
 from recommender.errors import UserError
@@ -44,6 +49,7 @@ CONFIGS: list[CollaborativeConfig] = [
     BERT4RecConfig(**SHAPE),
     CaserConfig(**SHAPE),
     BPRConfig(**SHAPE, negatives=4),
+    ESASRecConfig(**SHAPE),
 ]
 CAUSAL = [config for config in CONFIGS if config.kind != "bert4rec"]
 HISTORIES = [[3, 20, 7], [29], [], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [4, 4, 4]]
@@ -150,7 +156,7 @@ def test_scores_are_of_all_items_and_of_nothing_else(model: CollaborativeModel) 
 # ---- Losses ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", CAUSAL[:-1], ids=lambda config: config.kind)
+@pytest.mark.parametrize("config", [c for c in CAUSAL if c.loss == "softmax"], ids=lambda config: config.kind)
 def test_the_loss_is_the_sum_over_the_targets_alone(config: CollaborativeConfig) -> None:
     """−log softmax of each target after its own prefix, computed one by one."""
     model = shaken(config)
@@ -165,19 +171,123 @@ def test_the_loss_is_the_sum_over_the_targets_alone(config: CollaborativeConfig)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_sampled_softmax_is_over_the_target_and_the_negatives() -> None:
-    model = shaken(CONFIGS[0])
+def dense_losses(
+    scores: torch.Tensor, targets: list[int], negatives: list[int], beta: float
+) -> dict[str, torch.Tensor]:
+    """Each loss from rows of all scores, target by target; a negative that is the target does not count."""
+    sums = {name: torch.zeros((), dtype=scores.dtype) for name in ("softmax", "gbce", "bpr")}
+    for row, target in zip(scores, targets, strict=True):
+        others = row[[item for item in negatives if item != target]]
+        sums["softmax"] = sums["softmax"] - torch.log(row[target].exp() / (row[target].exp() + others.exp().sum()))
+        positive, negative = torch.sigmoid(row[target]), torch.sigmoid(others)
+        binary = beta * torch.log(positive) + torch.log(1 - negative).sum()
+        sums["gbce"] = sums["gbce"] - binary / (len(negatives) + 1)
+        sums["bpr"] = sums["bpr"] - torch.log(torch.sigmoid(row[target] - others)).sum() / len(negatives)
+    return sums
+
+
+def test_losses_and_their_gradients_are_those_of_the_equations() -> None:
+    targets, negatives, beta = [3, 7, 4], [7, 4, 9, 9, 0], 0.3
+    scores = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for name, expected in dense_losses(scores, targets, negatives, beta).items():
+        positive, negative = scores[range(3), targets], scores[:, negatives]
+        negative = negative.masked_fill(torch.tensor(targets)[:, None] == torch.tensor(negatives), -torch.inf)
+        loss = {"softmax": sampled_softmax, "gbce": lambda p, n: gbce(p, n, beta), "bpr": bpr}[name](positive, negative)
+        torch.testing.assert_close(loss, expected)
+        found, wanted = (torch.autograd.grad(each, scores, retain_graph=True)[0] for each in (loss, expected))
+        torch.testing.assert_close(found, wanted)
+        assert wanted.abs().max() > 0.01
+
+
+def test_losses_are_finite_for_scores_of_any_size() -> None:
+    for loss in (sampled_softmax, lambda p, n: gbce(p, n, 0.5), bpr):
+        positive, negative = torch.tensor([-500.0, 500.0]), torch.tensor([[500.0, -torch.inf], [-500.0, 500.0]])
+        assert loss(positive, negative).isfinite()
+
+
+def test_gbce_s_exponent_goes_from_plain_to_the_sampled_share() -> None:
+    assert gbce_exponent(10, 101, 0.0) == 1
+    assert gbce_exponent(10, 101, 1.0) == pytest.approx(0.1)
+    assert gbce_exponent(10, 101, 0.75) == pytest.approx(0.325)
+    assert gbce_exponent(1000, 101, 0.75) == 1  # negatives are drawn with replacement, so there may be more
+
+
+@pytest.mark.parametrize("temperature", [None, 0.2])
+@pytest.mark.parametrize("kind", ["softmax", "gbce", "bpr"])
+def test_a_model_s_loss_is_that_of_its_scores(kind: str, temperature: float | None) -> None:
+    model = shaken(SASRecConfig(**SHAPE, loss=kind, negatives=3, temperature=temperature, calibration=0.6))
     loss, _ = model.loss_sum(batch_of([[3, 1, 4]], [[2]], negatives=[7, 4, 9]))  # 4 is the target itself
-    scores = model.scores(model.embed([np.array([3, 1])]))[0]
-    assert loss.item() == pytest.approx(-scores[[4, 7, 9]].log_softmax(0)[0].item(), rel=1e-5)
-
-
-def test_bpr_compares_pairs() -> None:
-    model = shaken(CONFIGS[4])
-    loss, _ = model.loss_sum(batch_of([[3, 1, 4]], [[2]], negatives=[7, 4, 9]))
-    scores = model.scores(model.embed([np.array([3, 1])]))[0]
-    expected = -sum(torch.nn.functional.logsigmoid(scores[4] - scores[n]) for n in (7, 9)) / 3
+    scores = model.scores(model.embed([np.array([3, 1])])).double()
+    expected = dense_losses(scores, [4], [7, 4, 9], gbce_exponent(3, ITEMS, 0.6))[kind]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.2])
+def test_a_sample_of_all_items_is_no_sample(temperature: float | None) -> None:
+    """Loss and gradients are those of the softmax over all items; those of the table are sparse."""
+    losses, gradients = [], []
+    for negatives in (None, list(range(ITEMS))):
+        model = shaken(SASRecConfig(**SHAPE, temperature=temperature, negatives=negatives and len(negatives)))
+        loss, _ = model.loss_sum(batch_of([[3, 1, 4, 1, 5], [9, 2, 6]], [[1, 4], [2]], negatives))
+        loss.backward()
+        assert model.table.weight.grad is not None
+        assert model.table.weight.grad.is_sparse == (negatives is not None)
+        losses.append(loss.item())
+        gradients.append({name: p.grad.to_dense() for name, p in model.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
+
+
+def test_a_cosine_does_not_see_lengths() -> None:
+    model = shaken(SASRecConfig(**SHAPE, temperature=0.1))
+    before = model.scores(model.embed([np.array([1, 2])]))
+    cosine = torch.nn.functional.cosine_similarity(model.embed([np.array([1, 2])]), model.table.weight[:ITEMS])
+    torch.testing.assert_close(before[0], cosine / 0.1 + model.bias)
+
+
+def test_texts_are_learnt_from_and_folded_away() -> None:
+    model = shaken(ESASRecConfig(**SHAPE, negatives=None, content=ContentConfig(own=0.5)))
+    known = torch.arange(ITEMS) != 4
+    model.learn_texts(torch.randn(ITEMS, 6, generator=torch.Generator().manual_seed(0)), known)
+    assert model.content is not None
+    assert not model.table.weight[4].any()  # nothing of its own for an item that training never saw
+    loss, _ = model.train().loss_sum(batch_of([[3, 1, 5]], [[1, 2]]))
+    loss.backward()
+    assert model.content.projection.weight.grad is not None
+    assert model.content.projection.weight.grad.abs().max() > 0
+    assert model.table.weight.grad is not None
+    assert not model.table.weight.grad[4].any()
+    assert model.bias.grad is not None
+    assert model.bias.grad[4] == 0  # nor does it learn that such an item never comes
+    model.eval()
+    histories = [np.array([3, 4]), np.array([4]), np.array([1, 2, 3])]
+    before = model.scores(model.embed(histories))
+    model.fold_texts()
+    torch.testing.assert_close(model.scores(model.embed(histories)), before, atol=1e-5, rtol=1e-5)
+    assert set(model.state_dict()) == set(build_model(model.config, ITEMS).state_dict())
+
+
+def test_some_lookups_of_training_have_the_text_alone() -> None:
+    model = shaken(SASRecConfig(**SHAPE, content=ContentConfig(own=0.5)))
+    model.learn_texts(torch.zeros(ITEMS, 6), torch.ones(ITEMS, dtype=torch.bool))
+    items = torch.arange(ITEMS).repeat(40)
+    kept = model.train().vectors(items).abs().amax(1) > 0
+    assert 0.4 < kept.float().mean() < 0.6
+    assert (model.eval().vectors(items) == model.table(items)).all()
+
+
+def test_ligr_layers_are_gated() -> None:
+    """With gates that are shut a block passes its input on; open, it is a block of SASRec's shape with SwiGLU."""
+    block = LiGRBlock(16, 2, 32, 0.0)
+    states = torch.randn(2, 5, 16)
+    for gate, expected in ((-1e4, states), (1e4, None)):
+        for layer in (block.attention_gate, block.feed_forward_gate):
+            nn.init.zeros_(layer.weight)
+            nn.init.constant_(layer.bias, gate)
+        if expected is None:
+            after = states + block.attended(block.before_attention(states), None)
+            expected = after + block.feed_forward(block.before_feed_forward(after))
+        torch.testing.assert_close(block(states), expected)
 
 
 def test_bert4rec_masks_targets_and_at_least_one_in_each_window() -> None:
@@ -331,3 +441,16 @@ def test_configs_are_strict() -> None:
         SASRecConfig(dim=10, heads=3)
     with pytest.raises(ValidationError, match="negatives"):
         BPRConfig.model_validate({"negatives": None})
+    with pytest.raises(ValidationError, match=r"gbce compares targets with negatives; set negatives"):
+        SASRecConfig(loss="gbce")
+    with pytest.raises(ValidationError, match=r"content\.ownn"):
+        SASRecConfig.model_validate({"content": {"ownn": 0.5}})
+    assert ESASRecConfig().negatives == 256
+
+
+def test_a_bundle_of_before_opens(bundle: Path) -> None:
+    """Configs that name none of the later fields mean what they meant."""
+    config = json.loads((bundle / "collaborative.json").read_text())
+    for later in ("loss", "calibration", "temperature", "content"):
+        del config[later]
+    assert SASRecConfig.model_validate(config) == load_model(bundle).config

@@ -26,6 +26,8 @@ from recommender.collaborative.config import (
     BPRConfig,
     CaserConfig,
     CollaborativeConfig,
+    ContentConfig,
+    ESASRecConfig,
     GRU4RecConfig,
     SASRecConfig,
 )
@@ -36,6 +38,7 @@ from tests.versions import directory_of
 from trainer.collaborative import fit as collaborative
 from trainer.collaborative import worker as collaborative_worker
 from trainer.collaborative.fit import ensure_collaborative
+from trainer.collaborative.step import RowAdamW
 from trainer.collaborative.windows import TrainingWindows, pieces
 from trainer.config import CollaborativeBundle
 from trainer.data.dataset import Dataset
@@ -53,6 +56,7 @@ STEPS = 4  # an epoch
 SHAPE: dict[str, Any] = {"dim": 16, "max_length": 6, "batch": 16, "dropout": 0.0, "learning_rate": 3e-3, "epochs": 1}
 CONFIGS: dict[str, CollaborativeConfig] = {
     "sasrec": SASRecConfig(**SHAPE),
+    "esasrec": ESASRecConfig(**SHAPE, loss="gbce", negatives=20, content=ContentConfig(dimensions=8, own=1.0)),
     "gru4rec": GRU4RecConfig(**SHAPE, negatives=20),
     "bert4rec": BERT4RecConfig(**SHAPE),
     "caser": CaserConfig(**SHAPE, window=3),
@@ -320,6 +324,26 @@ def test_preparing_for_a_collaborative_model_spells_nothing(experiment: Experime
     assert not (experiment.parts / "items").exists()
 
 
+def test_a_step_on_rows_is_adamw_s_for_them_and_leaves_the_others() -> None:
+    """Rows that every step reads go as under AdamW."""
+    table, dense = (torch.nn.Parameter(torch.arange(15.0).view(5, 3) / 10) for _ in range(2))
+    before = table.detach().clone()
+    optimiser, reference = (
+        kind([p], 0.1, weight_decay=0.3) for kind, p in ((RowAdamW, table), (torch.optim.AdamW, dense))
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        values = torch.randn(2, 3, generator=generator)
+        table.grad = torch.sparse_coo_tensor(torch.tensor([[3, 1]]), values, (5, 3), check_invariants=False)
+        dense.grad = table.grad.to_dense()
+        optimiser.step()
+        reference.step()
+    torch.testing.assert_close(table[[1, 3]], dense[[1, 3]])
+    assert torch.equal(table[[0, 2, 4]], before[[0, 2, 4]])
+    assert optimiser.state[table]["step"] == 4
+    torch.testing.assert_close(optimiser.state[table]["exp_avg_sq"], reference.state[dense]["exp_avg_sq"])
+
+
 def test_early_stopping_stops(experiment: Experiment, tiny_prepared: Prepared, tmp_path: Path) -> None:
     config = WHOLE.model_copy(update={"learning_rate": 1e-12, "patience": 2, "epochs": 9})
     run_alone(training(experiment, config), tiny_prepared, tmp_path / "stale")
@@ -500,6 +524,27 @@ def test_every_model_beats_most_popular(walked: tuple[Experiment, Path], tmp_pat
     assert found["validation_HR@10"] > 0.95
     assert popular["HR@10"].mean() < 0.3
     assert found["validation_NDCG@10"] > (0.4 if kind == "bpr" else 0.7)
+
+
+def test_unseen_items_are_scored_by_their_texts(tmp_path: Path) -> None:
+    """Six items that nobody has met, each titled like the items of one circle, and a bundle without texts."""
+    base = walks(tmp_path / "data")
+    titles = [f"{['red', 'green', 'blue', 'white', 'black', 'grey'][i // 10]} number{i % 10}" for i in range(60)]
+    titles += [f"{colour} unheard" for colour in ["red", "green", "blue", "white", "black", "grey"]]
+    (base / "items.csv").write_text("item_id,title\n" + "".join(f"{i},{t}\n" for i, t in enumerate(titles)))
+    data = {"format": "interactions", "interactions": f"{base}/interactions.csv", "items": f"{base}/items.csv"}
+    config = ESASRecConfig(**{**SHAPE, **LEARNING}, negatives=30, content=ContentConfig(dimensions=16))
+    run = Experiment.model_validate({"name": "walks", "data": data, "cluster": {"storage": f"{base}/runs"}})
+    run = training(run, config)
+    dataset = Dataset.load((prepared := prepare(run, quiet)).dataset)
+    assert run_alone(run, prepared, tmp_path / "epochs")["error"] is None
+    model = collaborative_worker.fresh_model(config, dataset)
+    collaborative_worker.load(tmp_path / "epochs" / "epoch-18", model)
+    model.fold_texts()
+    histories = [np.array([10 * circle + place for place in (1, 2, 3, 4)]) for circle in range(6)]
+    scores = model.eval().scores(model.embed(histories))
+    assert scores[:, 60:].argmax(1).tolist() == list(range(6))
+    assert (scores[:, :60].argmax(1) // 10).tolist() == list(range(6))
 
 
 def test_the_model_of_a_run_is_loaded_by_others(undisturbed: Experiment) -> None:

@@ -54,7 +54,8 @@ def test_every_field_is_shown_also_those_of_nested_kinds() -> None:
     for here, there in elsewhere.items():
         assert {path.replace(here, there) for path in missing if path.startswith(here)} <= shown
     assert {section.title for section in SECTIONS if section.title.startswith("collaborative: ")} == {
-        f"collaborative: {{kind: {kind}}}" for kind in ("sasrec", "gru4rec", "bert4rec", "caser", "bpr", "bundle")
+        f"collaborative: {{kind: {kind}}}"
+        for kind in ("sasrec", "esasrec", "gru4rec", "bert4rec", "caser", "bpr", "bundle")
     }
 
 

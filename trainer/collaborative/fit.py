@@ -7,13 +7,13 @@ from pathlib import Path
 from recommender.bundle import FLOORS, LANGUAGE_MODEL, Manifest, read_manifest
 from recommender.catalogue.catalogue import Catalogue
 from recommender.collaborative.config import CollaborativeConfig, CollaborativeModelConfig
-from recommender.collaborative.recommender import CollaborativeRecommender, build_model
+from recommender.collaborative.recommender import CollaborativeRecommender
 from recommender.errors import UserError
 from recommender.files import digest, write_json
 from recommender.lock import LOCK, locked
 from recommender.models import Model, Version
 from trainer.cluster import check_resources, connect
-from trainer.collaborative.worker import TOO_LARGE, load, train_worker
+from trainer.collaborative.worker import TOO_LARGE, fresh_model, load, train_worker
 from trainer.config import CollaborativeBundle
 from trainer.data.dataset import Dataset
 from trainer.experiment import Experiment
@@ -100,9 +100,11 @@ def export_collaborative(run: Experiment, version: Version, prepared: Prepared, 
     """Write the history and, last, the bundle of what was trained: with it the version is finished."""
     config, dataset = run.recommender, Dataset.load(prepared.dataset)
     assert isinstance(config, CollaborativeModelConfig)
-    model = build_model(config, len(dataset.item_ids))
+    model = fresh_model(config, dataset)
     with trained.checkpoint.as_directory() as directory:
         load(Path(directory), model)
+    if config.content is not None:
+        model.fold_texts()
     manifest = Manifest(
         name=version.name,
         version=version.number,

@@ -22,17 +22,18 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
 
 from recommender.bundle import Manifest
 from recommender.catalogue.catalogue import Catalogue
-from recommender.collaborative.config import CollaborativeModelConfig
+from recommender.collaborative.config import CollaborativeConfig, CollaborativeModelConfig
 from recommender.collaborative.model import CollaborativeModel
 from recommender.collaborative.recommender import CollaborativeRecommender, build_model
 from recommender.errors import UserError
 from recommender.files import write_json
 from recommender.metrics import metric_values
-from trainer.collaborative.windows import Epoch, TrainingWindows, pieces
+from trainer.collaborative.step import RowAdamW, optimiser_step
+from trainer.collaborative.texts import text_vectors
+from trainer.collaborative.windows import TrainingWindows
 from trainer.config import EvaluationConfig
 from trainer.data.dataset import Dataset
 from trainer.evaluation.ranking import HeldOut, held_out, ranks_of
@@ -48,8 +49,6 @@ from trainer.loop.worker import Meter, Progress
 from trainer.parts import Prepared
 from trainer.reporting.curves import Curves
 from trainer.reporting.tracking import Tracking
-
-SCORES_AT_ONCE = 1 << 25  # of one forward pass: 128 MB, and as much again for their gradients
 
 TOO_LARGE = (
     "The collaborative model does not fit into memory. Lower its dim, max_length or batch, or set negatives (say "
@@ -83,10 +82,8 @@ def _train(experiment: Experiment, prepared: Prepared, log: Path) -> None:
         dataset = Dataset.load(prepared.dataset)
     windows = TrainingWindows(dataset, config.max_length, config.batch, config.seed)
     torch.manual_seed(config.seed)
-    model = build_model(config, len(dataset.item_ids)).to(device)
-    optimiser = torch.optim.AdamW(
-        model.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
-    )
+    model = fresh_model(config, dataset).to(device)
+    optimiser = RowAdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     catalogue = Catalogue(dataset.item_ids, dataset.titles)
     recommender = CollaborativeRecommender(catalogue, model, Manifest(name=experiment.name))
     split = held_out(dataset, "validation", experiment.evaluation.validation_targets)
@@ -101,6 +98,8 @@ def _train(experiment: Experiment, prepared: Prepared, log: Path) -> None:
             state = load(Path(directory), model, optimiser)
         say(f"resumed after epoch {len(state['epochs'])} of {config.epochs}")
 
+    # A model with texts learns nothing against items that it has never seen.
+    candidates = np.arange(model.items) if model.content is None else model.content.known.nonzero()[:, 0].cpu().numpy()
     curves = Curves(log.parent, rank, state["step"], Tracking(experiment, log.parent, say) if rank == 0 else None)
     while len(state["epochs"]) < config.epochs and state["stale"] < config.patience:
         number = len(state["epochs"])
@@ -112,7 +111,8 @@ def _train(experiment: Experiment, prepared: Prepared, log: Path) -> None:
             negatives = None
             if config.negatives is not None:
                 rng = np.random.default_rng([config.seed, number, done])
-                negatives = torch.from_numpy(rng.integers(0, model.items, config.negatives))
+                drawn = rng.integers(0, len(candidates), config.negatives)
+                negatives = torch.from_numpy(candidates[drawn])
             step_loss, step_counted = optimiser_step(
                 model, optimiser, windows, epoch, step[rank::world], negatives, device
             )
@@ -147,43 +147,17 @@ def _train(experiment: Experiment, prepared: Prepared, log: Path) -> None:
     curves.close()
 
 
-def optimiser_step(
-    model: CollaborativeModel,
-    optimiser: torch.optim.Optimizer,
-    windows: TrainingWindows,
-    epoch: Epoch,
-    mine: np.ndarray,
-    negatives: Tensor | None,
-    device: torch.device,
-) -> tuple[float, float]:
-    """Learn from this rank's windows `mine` of a step. Collective.
+def fresh_model(config: CollaborativeConfig, dataset: Dataset) -> CollaborativeModel:
+    """A model before its first step, weights drawn from torch's global generator.
 
-    Returns:
-        The sum of the losses of all ranks' targets, and their number. Where loss or gradients are not finite, the sum
-        is not a number, and the weights have not been touched.
+    Raises:
+        UserError: it is to learn from texts, and the items have none.
     """
-    model.train()
-    optimiser.zero_grad()
-    loss, counted = torch.zeros((), device=device), 0
-    width = model.items if negatives is None else len(negatives) + 1
-    for rows in pieces(epoch.length[mine], width, SCORES_AT_ONCE):
-        piece, number = model.loss_sum(windows.collate(epoch, mine[rows], negatives).to(device))
-        piece.backward()
-        loss, counted = loss + piece.detach(), counted + number
-
-    parameters = list(model.parameters())
-    totals = loss.new_tensor([loss, counted])
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    reduced = torch.cat([totals, *(gradient.flatten() for gradient in gradients)])
-    dist.all_reduce(reduced)
-    total, number_of_targets = reduced[:2].tolist()
-    if reduced.isfinite().all():
-        parts = (reduced[2:] / number_of_targets).split([p.numel() for p in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
-        optimiser.step()
-        return total, number_of_targets
-    return math.nan, number_of_targets
+    model = build_model(config, len(dataset.item_ids))
+    if config.content is not None:
+        texts = text_vectors(config.content, dataset)
+        model.learn_texts(torch.from_numpy(texts), torch.from_numpy(dataset.popularity() > 0))
+    return model
 
 
 def validate(
