@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from recommender.bundle import FLOORS, Manifest, kind_of, peek_manifest
+from recommender.bundle import FLOORS, LANGUAGE_MODEL, Manifest, kind_of, peek_manifest
 from recommender.collaborative.recommender import CollaborativeRecommender
 from recommender.config import (
     ModelPrior,
@@ -38,7 +38,9 @@ from trainer.parts import Prepared, Say
 from trainer.reporting import figures
 
 BLEND, PAGE = "blend.json", "blend.html"
+_TARGETS = 4000  # of validation at most, a seeded sample
 _LISTED = 100  # items of each list in a pool
+_HALVINGS = 8  # of the weight of targets, from the earliest to the latest
 _SAID_EVERY = 10  # seconds
 
 
@@ -86,15 +88,14 @@ def blend(
     if recommender.catalogue.item_ids != dataset.item_ids:
         raise UserError(f"{bundle}: its catalogue is not the one of {prepared.dataset}; blend it on its own data")
     recommender.catalogue.popularity = dataset.popularity()  # bundles of earlier releases do not have it
-    configs = asked_for(experiment, dataset, models, say)
+    configs = asked_for(experiment, dataset, models, kind == LANGUAGE_MODEL, say)
     say(f"priors: {', '.join(configs)}")
     vector = None
     if any(isinstance(config, UnconditionalPrior) for config in configs.values()):
         vector = unconditional(recommender)
     priors = Priors(recommender.catalogue, configs, prior_models(configs, recommender.catalogue, device), vector)
 
-    split = held_out(dataset, "validation", experiment.evaluation.validation_targets)
-    split = split.take(latest_half(dataset, split.numbers))
+    split = held_out(dataset, "validation", _TARGETS)
     if not len(split):
         raise UserError("data: there is no validation target, and weights are chosen on them; add data")
     progress = _Progress(len(split), say)
@@ -103,9 +104,12 @@ def blend(
     )
     configs = with_scales(pools, configs)
     weighing = Weighing(pools, configs)
-    found = weighing.fitted()
+    importance = importances(dataset, split.numbers)
+    found = weighing.fitted(importance)
     new = dataset.popularity()[split.targets] == 0
     segments = {"all": np.ones(len(new), bool), "seen in training": ~new, "unseen in training": new}
+    if importance.min() < importance.max():
+        segments["latest quarter"] = importance >= np.quantile(importance, 0.75)
     blending = _described(pools, weighing, found, segments)
 
     kept = {name: found.configs[name] for name in found.configs}
@@ -121,7 +125,9 @@ def blend(
     return blending
 
 
-def asked_for(experiment: Experiment, dataset: Dataset, models: Sequence[str], say: Say) -> dict[str, PriorConfig]:
+def asked_for(
+    experiment: Experiment, dataset: Dataset, models: Sequence[str], language_model: bool, say: Say
+) -> dict[str, PriorConfig]:
     """The priors to weigh, with the paths of bundles: those of the experiment, or all that can be had; and `models`.
 
     Raises:
@@ -137,8 +143,9 @@ def asked_for(experiment: Experiment, dataset: Dataset, models: Sequence[str], s
         found |= {
             "popularity": PopularityPrior(kind="popularity"),
             "new": NewPrior(kind="new"),
-            "unconditional": UnconditionalPrior(kind="unconditional"),
         }
+        if language_model:  # a collaborative model's is its item bias
+            found["unconditional"] = UnconditionalPrior(kind="unconditional")
     for reference in models:
         name = reference.rstrip("/").rsplit("/", 1)[-1].replace("@", "-").replace(".", "-")
         found[name] = ModelPrior(kind="model", path=reference)
@@ -155,19 +162,22 @@ def asked_for(experiment: Experiment, dataset: Dataset, models: Sequence[str], s
     return found
 
 
-def latest_half(dataset: Dataset, numbers: np.ndarray) -> np.ndarray:
-    """Which of some validation targets weights are chosen on: where splits follow time, the later half of them.
+def importances(dataset: Dataset, numbers: np.ndarray) -> np.ndarray:
+    """How much each of some validation targets counts, float [M]: where splits follow time, later ones more.
 
-    What comes next is more like what came last: items that nobody knew yet make up more and more of it.
+    What comes next is more like what came last: items that nobody knew yet make up more and more of it. The weight
+    halves with every eighth of the targets, back from the latest.
     """
-    if dataset.protocol == "leave_one_out":
-        return np.arange(len(numbers))
+    if dataset.protocol == "leave_one_out" or not len(numbers):
+        return np.ones(len(numbers))
     order = np.arange(len(numbers))  # published windows stand in the order of their targets' times
     if dataset.trained_until():
         targets = dataset.targets["validation"]
         at = dataset.offsets[targets.sequence[numbers]] + targets.position[numbers]
         order = np.argsort(dataset.times[at], kind="stable")
-    return np.sort(order[len(numbers) // 2 :])
+    age = np.empty(len(numbers))
+    age[order] = np.arange(len(numbers))[::-1]
+    return np.asarray(0.5 ** (age / (len(numbers) / _HALVINGS)))
 
 
 def write_blending(found: Blending, directory: Path, title: str) -> Path:

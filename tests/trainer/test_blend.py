@@ -29,7 +29,7 @@ from recommender.models import Version
 from recommender.priors import Priors, column_values
 from recommender.recommender import Recommender, extend_bundle
 from tests.brute_force import BruteForce
-from trainer.blended import BLEND, PAGE, blend, latest_half
+from trainer.blended import BLEND, PAGE, blend, importances
 from trainer.data.dataset import Dataset
 from trainer.evaluation.blend import Weighing, with_scales
 from trainer.evaluation.pools import Pools, pools_of, unconditional
@@ -221,8 +221,8 @@ def pools(seed: int, targets: int = 400, width: int = 40) -> Pools:
 def test_the_weight_of_what_helps_is_found_and_what_does_not_gets_none() -> None:
     configs: dict[str, PriorConfig] = {name: NewPrior(kind="new") for name in ("useful", "noise")}
     weighing = Weighing(pools(0), configs)
-    found = weighing.fitted()
-    assert 1 < found.configs["useful"].weight < 4
+    found = weighing.fitted(np.ones(400))
+    assert 1.5 < found.configs["useful"].weight < 2.7
     assert abs(found.configs["noise"].weight if "noise" in found.configs else 0) < 0.3
     assert found.ndcg == pytest.approx(weighing.ndcg(found.configs), abs=2e-3)  # weights are rounded
     assert found.ndcg > weighing.ndcg({}) + 0.1
@@ -244,10 +244,24 @@ def test_ranks_in_a_pool() -> None:
     assert made.ranks(total).tolist() == [3, 2, 0]  # ties go to the lower item; what only fills up does not count
 
 
-def test_where_splits_follow_time_the_later_half_chooses(tiny_prepared: Prepared) -> None:
+def test_where_splits_follow_time_later_targets_count_more(tiny_prepared: Prepared) -> None:
     dataset = Dataset.load(tiny_prepared.dataset)
-    assert len(latest_half(dataset, np.arange(20))) == 20  # leave one out
-    assert latest_half(replace(dataset, protocol="windows"), np.arange(20)).tolist() == list(range(10, 20))
+    assert importances(dataset, np.arange(16)).tolist() == [1.0] * 16  # leave one out
+    by_time = importances(replace(dataset, protocol="windows"), np.arange(16))
+    assert by_time[[15, 13, 11]] == pytest.approx([1.0, 0.5, 0.25])
+
+
+def test_targets_count_by_their_importance() -> None:
+    """The useful prior is useful in one half of the targets and turned round in the other."""
+    made = pools(2)
+    turned = made.scores["useful"].copy()
+    turned[200:] *= -1
+    made = replace(made, scores=made.scores | {"useful": turned})
+    weighing = Weighing(made, {"useful": NewPrior(kind="new")})
+    for half, sign in ((slice(0, 200), 1), (slice(200, 400), -1)):
+        importance = np.zeros(400)
+        importance[half] = 1.0
+        assert sign * weighing.fitted(importance).configs["useful"].weight > 1
 
 
 def test_what_the_model_says_without_a_history(tiny_bundle: Path) -> None:
