@@ -553,10 +553,16 @@ class Experiment:
         """
         experiment = self.config if self.data else self.config.located()
         reference = str(model or self.trained or self.model.version("latest"))
-        from trainer.blended import blend, lines_of, write_blending
+        if not isinstance(find_version(reference, experiment.storage), Version):
+            raise UserError(
+                f"{reference}: is the path of a bundle; a blend becomes a model's next version, so give a name"
+            )
+        from trainer.blended import blend, lines_of, prior_name, write_blending
         from trainer.derived import derived
         from trainer.prepare import prepare
 
+        for each in add:  # before the data are looked at
+            prior_name(each, experiment.storage)
         prepared = self.data or prepare(experiment, self.say)
         found = []
 
@@ -611,7 +617,7 @@ class Experiment:
                 experiment.evaluation,
                 experiment.cluster,
                 self.say,
-                experiment.search,
+                experiment.search.unblended(),
                 floors_of(experiment),
             )
         self.say(f"saved: {saved.directory}")

@@ -70,7 +70,7 @@ def evaluations(
     for precision in PRECISIONS:
         backbone = load_backbone(experiment.backbone, space.tokenizer, dtype_of(precision), experiment.training.seed)
         backbone.model.eval()
-        recommender = Recommender(space, backbone, Manifest(name=experiment.name, search=experiment.search))
+        recommender = Recommender(space, backbone, Manifest(name=experiment.name, search=experiment.search.unblended()))
         for batch in batches:
             run = partial(ranks_of, recommender, targets, k, experiment.evaluation.exclude_seen, batch)
             made.append(Contender(f"evaluation, {precision}, batches of {batch}", len(targets), whole, run))

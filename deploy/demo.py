@@ -52,7 +52,7 @@ def run(experiment: Experiment, say: Say = print, fresh: bool = False) -> dict[s
         experiment.evaluation,
         experiment.cluster,
         say,
-        experiment.search,
+        experiment.search.unblended(),
         floors_of(experiment),
     )
     page = write_report(experiment, version.directory, prepared)

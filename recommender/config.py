@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -277,18 +278,25 @@ class SearchConfig(StrictModel):
     )
     priors: dict[PriorName, PriorConfig] | None = Field(
         None,
-        description="Terms that are added to an item's score, by a name of yours; `ilrec blend` finds their weights. "
-        "null: those that the model was exported with.",
+        description="Terms that are added to an item's score, by a name of yours. In an experiment they are what "
+        "`ilrec blend` weighs, and other verbs do not read them. null: all that can be had; {}: none. In "
+        "`serving.search`: of the model's own priors those that are added, with these weights.",
     )
+
+    def unblended(self) -> SearchConfig:
+        """Without priors that are still to be weighed: a model's own stay, and `{}` leaves these out as well."""
+        return self if not self.priors else self.model_copy(update={"priors": None})
 
     def boosted(self, weights: Mapping[str, float]) -> SearchConfig:
         """With other weights of some of its priors.
 
         Raises:
-            UserError: there is no such prior.
+            UserError: there is no such prior, or a weight is not finite.
         """
         priors = dict(self.priors or {})
         for name, weight in weights.items():
+            if not isfinite(weight):
+                raise UserError(f"boost.{name}: {weight} is no finite number")
             if name not in priors:
                 raise UserError(f"boost.{name}: the model has no such prior; it has: {', '.join(priors) or 'none'}")
             priors[name] = priors[name].model_copy(update={"weight": weight})

@@ -25,7 +25,7 @@ def record(recommender: AnyRecommender) -> Golden:
         history=history,
         items=answer.items,
         scores=answer.scores,
-        search=recommender.manifest.search,
+        search=recommender.manifest.searched(),
     )
 
 
@@ -43,13 +43,14 @@ def check(recommender: AnyRecommender) -> None:
     Raises:
         UserError: the recommender does not answer as it did when it was exported.
     """
-    golden, search = recommender.manifest.golden, recommender.manifest.search
-    if golden is None or _scoring(golden.search) != _scoring(search):
+    golden, search = recommender.manifest.golden, recommender.manifest.searched()
+    made_by = None if golden is None else recommender.manifest.searched(golden.search)
+    if golden is None or made_by is None or _scoring(made_by) != _scoring(search):
         recommender.recommend([[0]], 1)
         return
     answers = recommender.rank([golden.history], [golden.items])
     [answer] = recommender.recommend([golden.history], len(golden.items))
-    if search == golden.search:
+    if search == made_by:
         complete = len(answer.scores) == len(golden.scores)
         answers.append(answer.scores if complete else [-np.inf] * len(golden.scores))
     for found in answers:

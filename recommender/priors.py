@@ -28,11 +28,12 @@ from recommender.config import (
     ModelPrior,
     PopularityPrior,
     PriorConfig,
+    SearchConfig,
     UnconditionalPrior,
 )
 from recommender.errors import UserError
 from recommender.floors.recommender import SETTINGS, FloorRecommender
-from recommender.recommendation import Spelling
+from recommender.recommendation import AnyRecommender, Spelling
 from recommender.scored import ScoredRecommender
 
 DIRECTORY = "priors"
@@ -66,6 +67,7 @@ class Priors:
         self.configs = dict(configs or {})
         self.models = dict(models or {})
         self.unconditional = unconditional
+        self._kept: dict[str, Tensor] = {}
         for name, config in self.configs.items():
             if not isinstance(config, ModelPrior):
                 self._check(name, config)
@@ -106,16 +108,13 @@ class Priors:
         """Over a catalogue with `further` items behind its own; what reads texts reads theirs.
 
         Args:
-            unconditional: float32 [further items].
+            unconditional: float32 [items], of all of them.
         """
         models = {
             name: model.extended(catalogue, further) if isinstance(model, FloorRecommender) else model
             for name, model in self.models.items()
         }
-        vector = self.unconditional
-        if vector is not None and unconditional is not None:
-            vector = torch.cat([vector, unconditional])
-        return Priors(catalogue, self.configs, models, vector)
+        return Priors(catalogue, self.configs, models, unconditional)
 
     def of(self, histories: Sequence[Sequence[int] | np.ndarray], configs: Configs | None = None) -> Tensor | None:
         """The weighted sum of the terms: float32 [histories, items]; None where there are none.
@@ -125,8 +124,7 @@ class Priors:
             configs: in place of its own: some of them, with other weights or transforms.
 
         Raises:
-            UserError: there is no such prior.
-            FloatingPointError: a model gives values that are not finite.
+            UserError: there is no such prior, or values are not finite.
         """
         configs = self.checked(configs)
         if not any(config.weight for config in configs.values()):
@@ -136,7 +134,9 @@ class Priors:
             if config.weight:
                 total = total + config.weight * self.term(name, config, histories)
         if not total.isfinite().all():
-            raise FloatingPointError(f"a prior ({', '.join(configs)}) gave a value that is not finite")
+            raise UserError(
+                f"search.priors: with these weights {', '.join(configs)} add up to values that are not finite"
+            )
         return total.expand(len(histories), -1)
 
     def each(self, history: Sequence[int], items: Sequence[int], configs: Configs | None = None) -> list[Spelling]:
@@ -157,13 +157,15 @@ class Priors:
         """What is asked for, or its own.
 
         Raises:
-            UserError: there is no such prior.
+            UserError: there is no such prior, or it cannot be computed so.
         """
-        if configs is None:
+        if configs is None or configs is self.configs:
             return self.configs
         for name, config in configs.items():
             if name not in self.configs or self.configs[name].kind != config.kind:
                 raise UserError(f"search.priors.{name}: {unknown(self.configs)}")
+            if not isinstance(config, ModelPrior) and config != self.configs[name]:
+                self._check(name, config)
         return configs
 
     def _scores(self, model: ScoredRecommender, histories: Sequence[Sequence[int] | np.ndarray]) -> Tensor:
@@ -184,7 +186,13 @@ class Priors:
             raise UserError(f"search.priors.{name}: its values are not all finite numbers, one an item")
 
     def _static(self, config: PriorConfig) -> Tensor:
-        """float32 [items]."""
+        """float32 [items]; kept, since it is asked for with every batch."""
+        key = config.model_dump_json(exclude={"weight", "limits"})
+        if key not in self._kept:
+            self._kept[key] = self._computed(config)
+        return self._kept[key]
+
+    def _computed(self, config: PriorConfig) -> Tensor:
         if isinstance(config, UnconditionalPrior):
             if self.unconditional is None:
                 raise UserError("log p(item | no history) was not computed; ilrec blend does it")
@@ -220,12 +228,12 @@ def column_values(catalogue: Catalogue, config: ColumnPrior) -> Tensor:
     if catalogue.columns is None or config.column not in names:
         raise UserError(f"the items have no column {config.column!r}; there are: {', '.join(names) or 'none'}")
     array = catalogue.columns[config.column].combine_chunks()
-    if pa.types.is_temporal(array.type):
-        array = pc.divide(array.cast(pa.timestamp("s")).cast(pa.int64()), 86_400.0)
     try:
-        values = np.asarray(array.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+        if pa.types.is_temporal(array.type):
+            array = pc.divide(array.cast(pa.timestamp("s"), safe=False).cast(pa.int64()), 86_400.0)
+        values = np.asarray(array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.float64)
     except pa.ArrowException as error:
-        raise UserError(f"column {config.column!r} holds no numbers ({array.type})") from error
+        raise UserError(f"column {config.column!r} holds neither numbers nor dates ({array.type})") from error
     known = values[np.isfinite(values)]
     if not len(known):
         raise UserError(f"column {config.column!r} holds no value at all")
@@ -239,14 +247,18 @@ def column_values(catalogue: Catalogue, config: ColumnPrior) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def prior_models(configs: Configs, catalogue: Catalogue, device: str = "cpu") -> dict[str, ScoredRecommender]:
+def prior_models(
+    configs: Configs, catalogue: Catalogue, data_fingerprint: str, device: str = "cpu"
+) -> dict[str, ScoredRecommender]:
     """The models of `model` priors, opened where their paths say.
 
     Args:
         configs: whose paths are those of bundles.
+        data_fingerprint: of the data that they have to be trained on, so that they saw none of its validation targets.
 
     Raises:
-        UserError: one is missing or damaged, holds a language model, or has another catalogue; names the field.
+        UserError: one is missing or damaged, holds a language model, is a blend, or has another catalogue or other
+            data; names the field.
     """
     models: dict[str, ScoredRecommender] = {}
     for name, config in configs.items():
@@ -263,7 +275,31 @@ def prior_models(configs: Configs, catalogue: Catalogue, device: str = "cpu") ->
         )
         if models[name].catalogue.item_ids != catalogue.item_ids:
             raise UserError(f"{field}: {bundle} has another catalogue; train it on the same data")
+        if models[name].manifest.data_fingerprint != data_fingerprint:
+            raise UserError(
+                f"{field}: {bundle} was trained on other data, and may have seen the validation targets that weights "
+                "are found on; train it on the same data, split alike"
+            )
+        if models[name].manifest.search.priors:
+            raise UserError(
+                f"{field}: {bundle} is a blend itself; give the version that it was made from, and its priors"
+            )
     return models
+
+
+def without_priors(recommender: AnyRecommender) -> SearchConfig:
+    """A recommender's own search, by its own score alone."""
+    return recommender.manifest.searched().model_copy(update={"priors": {}})
+
+
+def unconditional(recommender: AnyRecommender, at_once: int = 512) -> torch.Tensor:
+    """log p(item | no history), float32 [items]."""
+    search, items = without_priors(recommender), len(recommender.catalogue)
+    found: list[float] = []
+    for begin in range(0, items, at_once):
+        [scores] = recommender.rank([[]], [range(begin, min(begin + at_once, items))], search)
+        found += scores
+    return torch.tensor(found)
 
 
 def unknown(configs: Configs) -> str:

@@ -20,7 +20,7 @@ from recommender.errors import UserError
 from recommender.golden import record
 from recommender.items.item_space import ItemSpace
 from recommender.models import base_of
-from recommender.priors import Priors
+from recommender.priors import Priors, unconditional
 from recommender.recommendation import Recommendation, Spelling
 from recommender.search.prefixes import Prefixes
 from recommender.search.scoring import CandidateScorer
@@ -133,6 +133,7 @@ class Recommender:
             allow: if not None, the only items that may be, for each history.
             search: whose score, mode, width, node budget and priors are kept in place of this recommender's own.
         """
+        search = None if search is None else self.manifest.searched(search)
         prompts = [self._prompt(history) for history in histories]
         tree_search = self._search if search is None else self._search.within(search)
         rankings = tree_search.search(
@@ -338,7 +339,8 @@ def merge_adapter(bundle: str | Path, directory: str | Path, version: int | None
         raise UserError(f"{source}: holds full weights, there is no adapter to merge")
     space = ItemSpace.load(source)
     manifest = manifest.model_copy(update={"version": version, "made_from": made_from})
-    Recommender(space, Backbone(_merged(source, None), space.tokenizer), manifest).save(directory)
+    priors = Priors.load(source, space.catalogue, manifest.search.priors)
+    Recommender(space, Backbone(_merged(source, None), space.tokenizer), manifest, priors=priors).save(directory)
 
 
 def extend_bundle(
@@ -355,9 +357,7 @@ def extend_bundle(
     recommender = Recommender.load(bundle)
     manifest = recommender.manifest.model_copy(update={"version": version, "made_from": made_from})
     extended = Recommender(recommender.space.extended(further), recommender.backbone, manifest)
-    old, unconditional = len(recommender.catalogue), None
-    if recommender.priors.unconditional is not None:
-        plain = manifest.search.model_copy(update={"priors": {}})
-        unconditional = torch.tensor(extended.rank([[]], [range(old, len(extended.catalogue))], plain)[0])
-    extended.priors = recommender.priors.extended(extended.catalogue, further, unconditional)
+    # Anew for all items: where titles part earlier than before, the old ones' tokens are as likely as before no more.
+    vector = None if recommender.priors.unconditional is None else unconditional(extended)
+    extended.priors = recommender.priors.extended(extended.catalogue, further, vector)
     extended.save(directory)

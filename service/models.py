@@ -216,7 +216,8 @@ class Models:
         served = self._served.get(name)
         if served is None or served.bundle != bundle:
             return False
-        return served.recommender.manifest.checksum == peek_manifest(bundle).checksum
+        mine, theirs = served.recommender.manifest, peek_manifest(bundle)
+        return (mine.checksum, mine.exported_at) == (theirs.checksum, theirs.exported_at)
 
     def _around(self, name: str, bundle: Path | None, recommender: AnyRecommender) -> Queued:
         return Queued(name, bundle, recommender, self.config, self._thread, self.metrics, self._floor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,13 +26,13 @@ from recommender.errors import UserError
 from recommender.files import write_json, write_text
 from recommender.loading import load_recommender
 from recommender.metrics import metric_values
-from recommender.models import find_bundle
-from recommender.priors import Priors, prior_models
+from recommender.models import Version, find_bundle, find_version
+from recommender.priors import Priors, prior_models, unconditional
 from recommender.recommender import Recommender
 from trainer.data.dataset import Dataset
-from trainer.evaluation.blend import Blend, Weighing, with_scales
+from trainer.evaluation.blend import LEAST, Blend, Weighing, with_scales
 from trainer.evaluation.floors import floor_bundles, floors_of
-from trainer.evaluation.pools import BASE, Pools, pools_of, unconditional
+from trainer.evaluation.pools import BASE, Pools, pools_of
 from trainer.evaluation.ranking import held_out
 from trainer.experiment import Experiment
 from trainer.parts import Prepared, Say
@@ -87,13 +88,20 @@ def blend(
     assert isinstance(recommender, Recommender | CollaborativeRecommender)
     if recommender.catalogue.item_ids != dataset.item_ids:
         raise UserError(f"{bundle}: its catalogue is not the one of {prepared.dataset}; blend it on its own data")
+    if recommender.manifest.data_fingerprint not in ("", dataset.fingerprint):
+        say(f"note: {bundle} was trained on other data than {prepared.dataset}; it may have seen the targets")
     recommender.catalogue.popularity = dataset.popularity()  # bundles of earlier releases do not have it
     configs = asked_for(experiment, dataset, models, kind == LANGUAGE_MODEL, say)
     say(f"priors: {', '.join(configs)}")
     vector = None
     if any(isinstance(config, UnconditionalPrior) for config in configs.values()):
         vector = unconditional(recommender)
-    priors = Priors(recommender.catalogue, configs, prior_models(configs, recommender.catalogue, device), vector)
+    priors = Priors(
+        recommender.catalogue,
+        configs,
+        prior_models(configs, recommender.catalogue, dataset.fingerprint, device),
+        vector,
+    )
 
     split = held_out(dataset, "validation", _TARGETS)
     if not len(split):
@@ -110,6 +118,8 @@ def blend(
     segments = {"all": np.ones(len(new), bool), "seen in training": ~new, "unseen in training": new}
     if importance.min() < importance.max():
         segments["latest quarter"] = importance >= np.quantile(importance, 0.75)
+    if found.base <= LEAST:
+        say("note: beside the priors the model's own score says next to nothing of the validation targets")
     blending = _described(pools, weighing, found, segments)
 
     kept = {name: found.configs[name] for name in found.configs}
@@ -147,19 +157,44 @@ def asked_for(
         if language_model:  # a collaborative model's is its item bias
             found["unconditional"] = UnconditionalPrior(kind="unconditional")
     for reference in models:
-        name = reference.rstrip("/").rsplit("/", 1)[-1].replace("@", "-").replace(".", "-")
+        name = prior_name(reference, experiment.storage)
+        if name in found:
+            raise UserError(f"--add {reference}: there is a prior {name} already; name both in search.priors")
         found[name] = ModelPrior(kind="model", path=reference)
+    if taken := {BASE, "blend"} & set(found):
+        raise UserError(
+            f"search.priors.{taken.pop()}: stands for something else in a blend's table; choose another name"
+        )
     for name, config in found.items():
         if isinstance(config, ModelPrior):
             try:
                 path = find_bundle(config.path, experiment.storage)
                 update: dict[str, Any] = {"path": str(path)}
-                if peek_manifest(path).kind == "itemknn":
+                if peek_manifest(path).kind == "itemknn" and "transform" not in config.model_fields_set:
                     update["transform"] = "log"
                 found[name] = config.model_copy(update=update)
             except UserError as error:
                 raise UserError(f"search.priors.{name}.path: {error}") from None
     return found
+
+
+def prior_name(reference: str, storage: Path) -> str:
+    """What the prior of a further model is called: its name and version, as far as such a name goes.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    try:
+        found = find_version(reference, storage)
+    except UserError as error:
+        raise UserError(f"--add {error}") from None
+    if isinstance(found, Version):
+        text = f"{found.name}-{found.number}"
+    else:
+        text = found.parent.name if found.name == "bundle" and not found.parent.name.isdigit() else found.name
+        if found.name == "bundle" and found.parent.name.isdigit():
+            text = f"{found.parents[1].name}-{found.parent.name}"
+    return re.sub(r"[^A-Za-z0-9_-]", "-", text).lstrip("-_")[:40]
 
 
 def importances(dataset: Dataset, numbers: np.ndarray) -> np.ndarray:

@@ -136,7 +136,7 @@ def export(experiment: Experiment, version: Version, prepared: Prepared, trained
         name=version.name,
         version=version.number,
         trained_until=dataset.trained_until(),
-        search=experiment.search,
+        search=experiment.search.unblended(),
         temperature=objective.temperature,
         score="valid" if objective.valid_only else "full",
         backbone=experiment.backbone.model_dump(mode="json"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -96,9 +97,10 @@ class FloorRecommender(ScoredRecommender):
         """A TF-IDF reads the texts of further items as well; counts know nothing of them, and stay as they are."""
         if not isinstance(self.model, Tfidf):
             return self
-        table = further.columns if further.columns is not None else pa.table({})
-        table = table.drop_columns([name for name in ("title",) if name in table.column_names])
-        table = table.append_column("title", pa.array(further.titles))
+        texts: dict[str, Any] = {name: pa.nulls(len(further), pa.string()) for name in self.model.settings.columns}
+        if further.columns is not None:
+            texts |= {name: further.columns[name] for name in texts if name in further.columns.column_names}
+        table = pa.table(texts | {"title": further.titles})
         model = self.model.extended(texts_of(table, self.model.settings.columns))
         return FloorRecommender(catalogue, model, self.decay, self.manifest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 import ilrec
 from recommender import golden
-from recommender.bundle import peek_manifest
+from recommender.bundle import Manifest, peek_manifest
 from recommender.catalogue.catalogue import Catalogue
 from recommender.config import (
     ColumnPrior,
@@ -24,15 +25,17 @@ from recommender.config import (
     UnconditionalPrior,
 )
 from recommender.errors import UserError
+from recommender.floors.recommender import FloorRecommender
 from recommender.loading import load_recommender
 from recommender.models import Version
-from recommender.priors import Priors, column_values
+from recommender.priors import Priors, column_values, unconditional
 from recommender.recommender import Recommender, extend_bundle
 from tests.brute_force import BruteForce
-from trainer.blended import BLEND, PAGE, blend, importances
+from trainer.blended import BLEND, PAGE, blend, importances, prior_name
 from trainer.data.dataset import Dataset
 from trainer.evaluation.blend import Weighing, with_scales
-from trainer.evaluation.pools import Pools, pools_of, unconditional
+from trainer.evaluation.floors import floor_bundles, floors_of
+from trainer.evaluation.pools import Pools, pools_of
 from trainer.evaluation.ranking import held_out, ranks_of
 from trainer.experiment import Experiment
 from trainer.parts import Prepared
@@ -76,7 +79,10 @@ def test_columns_become_terms() -> None:
     assert of("price", "log") == pytest.approx(np.log1p([1, 2, 3]).tolist())
     assert of("on", "none") == [1.0, 0.0, 1.0]
     assert of("day", "none") == [0.0, 1.0, 0.0]
-    for column, wrong in (("name", "holds no numbers"), ("cost", "no column 'cost'; there are: price, on, day, name")):
+    for column, wrong in (
+        ("name", "holds neither numbers nor dates"),
+        ("cost", "no column 'cost'; there are: price, on, day, name"),
+    ):
         with pytest.raises(UserError, match=wrong):
             of(column, "none")
 
@@ -135,7 +141,7 @@ def test_the_blended_bundle_needs_nothing_else_and_ranks_by_the_sum(
 
 
 def test_the_blend_is_better_than_the_model_and_says_so(blended: Version, tiny_prepared: Prepared) -> None:
-    saved = __import__("json").loads((blended.directory / BLEND).read_text())
+    saved = json.loads((blended.directory / BLEND).read_text())
     assert saved["singles"]["blend"]["NDCG@10"] > saved["singles"]["model"]["NDCG@10"]
     assert saved["singles"]["blend"]["NDCG@10"] >= max(
         saved["singles"][name]["NDCG@10"] for name in ("itemknn", "tfidf")
@@ -201,9 +207,68 @@ def test_priors_of_the_config(
     assert set(peek_manifest(tmp_path / "one").search.priors or {}) <= {"few"}
     with pytest.raises(UserError, match=r"search\.priors\.[\w-]+\.path: .* holds a language model"):
         blend(tiny_experiment, tiny_bundle, tiny_prepared, [str(tiny_bundle)], tmp_path / "two", quiet)
-    with pytest.raises(UserError, match=r"search\.priors\.nobody\.path: nobody: no model of this name"):
+    with pytest.raises(UserError, match="--add nobody: no model of this name"):
         blend(tiny_experiment, tiny_bundle, tiny_prepared, ["nobody"], tmp_path / "two", quiet)
     assert not (tmp_path / "two").exists()
+
+
+def test_priors_of_a_config_belong_to_blend(tiny_experiment: Experiment, tiny_bundle: Path) -> None:
+    """Training and evaluation do not read them; `{}` leaves out those that a model has."""
+    named = SearchConfig(priors={"few": PopularityPrior(kind="popularity")}, width=7)
+    assert named.unblended() == SearchConfig(width=7)
+    assert SearchConfig(priors={}).unblended().priors == {}
+
+
+@pytest.mark.parametrize("name", ["model", "blend"])
+def test_names_that_a_table_needs_are_refused(
+    name: str, tiny_experiment: Experiment, tiny_bundle: Path, tiny_prepared: Prepared, tmp_path: Path
+) -> None:
+    search = SearchConfig(priors={name: PopularityPrior(kind="popularity")})
+    asked = tiny_experiment.model_copy(update={"search": search})
+    with pytest.raises(UserError, match=rf"search\.priors\.{name}: stands for something else"):
+        blend(asked, tiny_bundle, tiny_prepared, [], tmp_path / "out", quiet)
+
+
+def test_names_of_further_models(tiny_experiment: Experiment, tiny_bundle: Path, tmp_path: Path) -> None:
+    storage = tiny_experiment.storage
+    assert prior_name(tiny_bundle_reference(tiny_bundle), storage) == f"random-{tiny_bundle.parent.name}"
+    assert prior_name(str(tiny_bundle), storage) == f"random-{tiny_bundle.parent.name}"
+    long = tmp_path / ("a.long" * 20)
+    long.symlink_to(tiny_bundle)
+    assert SearchConfig(priors={prior_name(str(long), storage): NewPrior(kind="new")}).priors
+
+
+def test_a_model_of_other_data_is_refused(
+    tiny_experiment: Experiment, tiny_bundle: Path, tiny_prepared: Prepared, tmp_path: Path
+) -> None:
+    """It may have seen the targets that weights are found on."""
+    dataset = Dataset.load(tiny_prepared.dataset)
+    bundles = floor_bundles(dataset, tiny_experiment.evaluation, floors_of(tiny_experiment), quiet)
+    floor = load_recommender(bundles["itemknn"])
+    assert isinstance(floor, FloorRecommender)
+    floor.manifest = floor.manifest.model_copy(update={"data_fingerprint": "other"})
+    floor.save(tmp_path / "leaky")
+    with pytest.raises(UserError, match=r"search\.priors\.leaky\.path: .* was trained on other data"):
+        blend(tiny_experiment, tiny_bundle, tiny_prepared, [str(tmp_path / "leaky")], tmp_path / "out", quiet)
+
+
+def test_limits_of_a_call_keep_the_score_that_was_trained(tiny_bundle: Path) -> None:
+    recommender = Recommender.load(tiny_bundle)
+    space, backbone = recommender.space, recommender.backbone
+    trained = Recommender(space, backbone, Manifest(name="lml", score="full", search=SearchConfig(node_budget=2000)))
+    [whole] = trained.recommend([[3, 50]], 5)
+    [bounded] = trained.recommend([[3, 50]], 5, search=SearchConfig(node_budget=1999))
+    [ranked] = trained.rank([[3, 50]], [whole.items], SearchConfig(node_budget=9))
+    assert bounded == whole
+    np.testing.assert_allclose(ranked, whole.scores, atol=1e-4)
+    assert whole.scores != recommender.recommend([[3, 50]], 5)[0].scores
+
+
+def test_no_target_in_any_list() -> None:
+    made = pools(0)
+    nowhere = Weighing(replace(made, place=np.full(400, -1)), {"useful": NewPrior(kind="new")})
+    with pytest.raises(UserError, match="none of the 400 validation targets is in a list"):
+        nowhere.fitted(np.ones(400))
 
 
 # -- Weights ----------------------------------------------------------------------------------------------------------

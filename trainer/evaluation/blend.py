@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from recommender.config import ModelPrior, PriorConfig
+from recommender.errors import UserError
 from recommender.metrics import metric_values
 from trainer.evaluation.pools import BASE, Pools
 
 _OFFSETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _CURVE = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0, 8.0)
 _SHRINKAGE = 1e-4  # of the squared weights, in units of what each term varies by
-_LEAST = 0.01  # a weight, beside the model's own, in the same units: one below it does nothing
+LEAST = 0.01  # a weight, beside the model's own, in the same units: one below it does nothing
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class Blend:
         configs: the priors with their weights and transforms.
         ndcg: NDCG@10 on the targets that it was fitted on.
         loss: mean −log-likelihood of the targets that are in their pools.
+        base: the weight of the model's own score before it was made 1, in units of what the score varies by.
     """
 
     configs: dict[str, PriorConfig]
     ndcg: float
     loss: float
+    base: float
 
 
 class Weighing:
@@ -80,11 +83,19 @@ class Weighing:
 
         Args:
             importance: float [M], how much each target counts.
+
+        Raises:
+            UserError: no target is in its pool.
         """
+        if not ((self.pools.place >= 0) & (importance > 0)).any():
+            raise UserError(
+                f"none of the {len(self.pools.place)} validation targets is in a list of the model or of a prior, so "
+                "weights cannot be found; train the model further"
+            )
         configs = self.configs
         best = self._likeliest(configs, importance)
         for name, config in self.configs.items():  # of counts, what an item without any counts as
-            if isinstance(config, ModelPrior) and config.transform == "log":
+            if isinstance(config, ModelPrior) and config.transform == "log" and "offset" not in config.model_fields_set:
                 for offset in _OFFSETS:
                     tried = configs | {name: config.model_copy(update={"offset": offset})}
                     if (found := self._likeliest(tried, importance)).loss < best.loss:
@@ -125,14 +136,14 @@ class Weighing:
 
         optimiser.step(closure)
         found = weights.detach()
-        base = max(float(found[0]), _LEAST)
+        base = max(float(found[0]), LEAST)
         shares = (found[1:] / base).tolist()
         kept = {
             name: _weighted(configs[name], float(f"{share * float(deviations[0] / of):.3g}"))
             for name, share, of in zip(names, shares, deviations[1:], strict=True)
-            if abs(share) > _LEAST
+            if abs(share) > LEAST
         }
-        return Blend(kept, self.ndcg(kept), float(loss().detach()))
+        return Blend(kept, self.ndcg(kept), float(loss().detach()), float(found[0]))
 
 
 def _weighted(config: PriorConfig, weight: float) -> PriorConfig:
@@ -143,7 +154,7 @@ def with_scales(pools: Pools, configs: Mapping[str, PriorConfig]) -> dict[str, P
     """Counts over what the best item of a history has on average, so that offsets mean the same everywhere."""
     found = dict(configs)
     for name, config in configs.items():
-        if isinstance(config, ModelPrior) and config.transform == "log":
+        if isinstance(config, ModelPrior) and config.transform == "log" and "scale" not in config.model_fields_set:
             best = np.where(pools.items >= 0, pools.scores[name], -np.inf).max(1)
             found[name] = config.model_copy(update={"scale": float(f"{max(best[best > -np.inf].mean(), 1e-9):.3g}")})
     return found

@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from recommender.config import PriorConfig, SearchConfig
-from recommender.priors import Priors
+from recommender.config import PriorConfig
+from recommender.priors import Priors, without_priors
 from recommender.recommendation import AnyRecommender
 from trainer.evaluation.ranking import HeldOut
 
@@ -26,7 +25,7 @@ class Pools:
 
     Attributes:
         items: int32 [M, P], rising; −1 fills up.
-        scores: float32 [M, P] of the model (`BASE`) and of each prior, before transforms that logarithms make.
+        scores: float32 [M, P] of the model (`BASE`) and of each prior, of models before their transforms.
         place: int64 [M], where the target is; −1 where it is in no list.
     """
 
@@ -115,18 +114,3 @@ def _padded(rows: list[tuple[np.ndarray, dict[str, np.ndarray]]], targets: np.nd
         if len(at := np.flatnonzero(own == targets[row])):
             place[row] = at[0]
     return Pools(items, scores, place)
-
-
-def without_priors(recommender: AnyRecommender) -> SearchConfig:
-    """A recommender's own search, by its own score alone."""
-    return recommender.manifest.searched().model_copy(update={"priors": {}})
-
-
-def unconditional(recommender: AnyRecommender, at_once: int = 512) -> torch.Tensor:
-    """log p(item | no history), float32 [items]."""
-    search, items = without_priors(recommender), len(recommender.catalogue)
-    found: list[float] = []
-    for begin in range(0, items, at_once):
-        [scores] = recommender.rank([[]], [range(begin, min(begin + at_once, items))], search)
-        found += scores
-    return torch.tensor(found)
