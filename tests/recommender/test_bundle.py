@@ -32,11 +32,14 @@ from recommender.config import (
     LoraConfig,
     PresetBackbone,
     PretrainedBackbone,
+    PriorConfig,
     PromptConfig,
     SearchConfig,
+    UnconditionalPrior,
 )
 from recommender.errors import UserError
 from recommender.items.item_space import ItemSpace
+from recommender.priors import Priors, unconditional
 from recommender.recommender import Recommender, extend_bundle, merge_adapter, starting_point
 from tests.brute_force import BruteForce
 
@@ -403,6 +406,19 @@ def test_an_adapter_is_opened_over_its_base_wherever_that_is_now(copy: Path, tmp
     Recommender.load(adapted).save(tmp_path / "again")  # and what is saved from it knows its base
     assert read_manifest(tmp_path / "again").base == read_manifest(adapted).base
     assert answers(tmp_path / "again") == expected
+
+
+def test_a_blended_adapter_is_merged_with_its_priors(tiny_bundle: Path, tmp_path: Path) -> None:
+    adapted = Recommender.load(adapted_bundle(tiny_bundle, tmp_path / "adapted", seed=1))
+    configs: dict[str, PriorConfig] = {"alone": UnconditionalPrior(kind="unconditional", weight=-0.5)}
+    search = adapted.manifest.search.model_copy(update={"priors": configs})
+    manifest = adapted.manifest.model_copy(update={"search": search})
+    priors = Priors(adapted.catalogue, configs, {}, unconditional(adapted))
+    Recommender(adapted.space, adapted.backbone, manifest, priors=priors).save(tmp_path / "blended")
+    merge_adapter(tmp_path / "blended", tmp_path / "merged")
+    [before], [after] = (Recommender.load(tmp_path / name).recommend([[3, 50]], 7) for name in ("blended", "merged"))
+    assert before.items == after.items != adapted.recommend([[3, 50]], 7)[0].items
+    np.testing.assert_allclose(before.scores, after.scores, atol=1e-4)
 
 
 def test_there_is_no_adapter_to_merge(tiny_bundle: Path, tmp_path: Path) -> None:
