@@ -173,7 +173,7 @@ def test_a_training_is_stopped_and_goes_on(cluster: Cluster, config: Path) -> No
 
 def test_ray_client_runs_the_command_elsewhere(cluster: Cluster, config: Path) -> None:
     text = cluster.ilrec("submit", "prepare", str(config), "--address", cluster.client, "--set", "name=third")
-    assert "200 items, 60 users" in text
+    assert "60 users, 200 items" in text
     assert len(list(config.parent.glob("parts/datasets/*/stats.json"))) == 1  # the same data
     text = cluster.ilrec("submit", "evaluate", str(config), "--address", cluster.client, "--set", "name=4th", status=2)
     assert "4th: no version in" in text
