@@ -297,7 +297,7 @@ def test_versions_promoted_under_load(
 
         return on_all_replicas(url, holds)
 
-    deploy({"shop": "shop"}, settings)
+    deploy({"shop": "shop"}, settings | {"timeout_seconds": 60})  # on a busy machine an answer takes seconds
     until(served(1))
     with asking(3, lambda history: plain(url, history), histories) as seen:
         began = time.monotonic()
