@@ -269,16 +269,13 @@ def test_items_with_one_token_are_found_ranked_and_spelled(item_bundle: Path) ->
     )
     name = f"<item {recommender.catalogue.item_ids[9]}>"
     for score in ("valid", "full"):
-        ((text, of_item), (_, of_end)), _ = recommender.spellings(
-            history, [9, 7], SearchConfig.model_validate({"score": score})
-        )
+        search = SearchConfig.model_validate({"score": score})
+        ((text, of_item), (_, of_end)), _ = recommender.spellings(history, [9, 7], search)
         assert text == name
         assert of_end == 0 if score == "valid" else of_end < 0
-        assert of_item + of_end == pytest.approx(
-            recommender.rank([history], [[9]], SearchConfig.model_validate({"score": score}))[0][0], abs=1e-5
-        )
+        assert of_item + of_end == pytest.approx(recommender.rank([history], [[9]], search)[0][0], abs=1e-5)
     found = recommender.recommend([history], 5, search=SearchConfig(score="full"))[0]
-    of_all = recommender.rank([history], [list(range(200))], "full")[0]
+    of_all = recommender.rank([history], [list(range(200))], SearchConfig(score="full"))[0]
     np.testing.assert_allclose(found.scores, np.sort(of_all)[::-1][:5], atol=1e-4)
 
 
