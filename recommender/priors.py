@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recommender.bundle import FLOORS, LANGUAGE_MODEL, Manifest, kind_of
+from recommender.bundle import Manifest
 from recommender.catalogue.catalogue import Catalogue
 from recommender.collaborative.recommender import CollaborativeRecommender
 from recommender.config import (
@@ -163,7 +163,11 @@ class Priors:
             return self.configs
         for name, config in configs.items():
             if name not in self.configs or self.configs[name].kind != config.kind:
-                raise UserError(f"search.priors.{name}: {unknown(self.configs)}")
+                known = ", ".join(self.configs) or "none"
+                raise UserError(
+                    f"search.priors.{name}: the model was exported without it (it has: {known}); "
+                    "`ilrec blend` adds priors"
+                )
             if not isinstance(config, ModelPrior) and config != self.configs[name]:
                 self._check(name, config)
         return configs
@@ -247,46 +251,6 @@ def column_values(catalogue: Catalogue, config: ColumnPrior) -> Tensor:
     return torch.from_numpy(values.astype(np.float32))
 
 
-def prior_models(
-    configs: Configs, catalogue: Catalogue, data_fingerprint: str, device: str = "cpu"
-) -> dict[str, ScoredRecommender]:
-    """The models of `model` priors, opened where their paths say.
-
-    Args:
-        configs: whose paths are those of bundles.
-        data_fingerprint: of the data that they have to be trained on, so that they saw none of its validation targets.
-
-    Raises:
-        UserError: one is missing or damaged, holds a language model, is a blend, or has another catalogue or other
-            data; names the field.
-    """
-    models: dict[str, ScoredRecommender] = {}
-    for name, config in configs.items():
-        if not isinstance(config, ModelPrior):
-            continue
-        bundle, field = Path(config.path), f"search.priors.{name}.path"
-        kind = kind_of(bundle)
-        if kind == LANGUAGE_MODEL:
-            raise UserError(
-                f"{field}: {bundle} holds a language model; give a collaborative one, an itemknn or a tfidf"
-            )
-        models[name] = (
-            FloorRecommender.load(bundle) if kind in FLOORS else CollaborativeRecommender.load(bundle, device)
-        )
-        if models[name].catalogue.item_ids != catalogue.item_ids:
-            raise UserError(f"{field}: {bundle} has another catalogue; train it on the same data")
-        if models[name].manifest.data_fingerprint != data_fingerprint:
-            raise UserError(
-                f"{field}: {bundle} was trained on other data, and may have seen the validation targets that weights "
-                "are found on; train it on the same data, split alike"
-            )
-        if models[name].manifest.search.priors:
-            raise UserError(
-                f"{field}: {bundle} is a blend itself; give the version that it was made from, and its priors"
-            )
-    return models
-
-
 def without_priors(recommender: AnyRecommender) -> SearchConfig:
     """A recommender's own search, by its own score alone."""
     return recommender.manifest.searched().model_copy(update={"priors": {}})
@@ -300,9 +264,3 @@ def unconditional(recommender: AnyRecommender, at_once: int = 512) -> torch.Tens
         [scores] = recommender.rank([[]], [range(begin, min(begin + at_once, items))], search)
         found += scores
     return torch.tensor(found)
-
-
-def unknown(configs: Configs) -> str:
-    """What to say of a prior that a model does not have."""
-    known = ", ".join(configs) or "none"
-    return f"the model was exported without it (it has: {known}); `ilrec blend` adds priors"

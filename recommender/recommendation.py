@@ -11,6 +11,7 @@ import torch
 
 from recommender.bundle import Manifest
 from recommender.catalogue.catalogue import Catalogue
+from recommender.catalogue.filters import Filter
 from recommender.config import SearchConfig
 
 Spelling = list[tuple[str, float]]  # of an item: each of its tokens and its log-probability, then what priors add
@@ -102,22 +103,19 @@ class AnyRecommender(Protocol):
         ...
 
 
-def allowed_items(
-    rows: int,
-    items: int,
-    exclude: Sequence[Collection[int]] | None,
-    allow: Sequence[Collection[int] | None] | None,
-) -> torch.Tensor | None:
+def allowed_items(rows: int, items: int, exclude: Filter | None, allow: Filter | None) -> torch.Tensor | None:
     """What the filters leave: bool [rows, items], or None where they leave everything."""
-    if not any(map(len, exclude or ())) and all(only is None for only in allow or ()):
+    if not any(left_out is not None and len(left_out) for left_out in exclude or ()) and all(
+        only is None for only in allow or ()
+    ):
         return None
     allowed = torch.ones(rows, items, dtype=torch.bool)
     for row in range(rows):
-        if allow is not None and (only := allow[row]) is not None:
+        if allow and (only := allow[row]) is not None:
             allowed[row] = False
             allowed[row, _indices(only)] = True
-        if exclude is not None:
-            allowed[row, _indices(exclude[row])] = False
+        if exclude and (left_out := exclude[row]) is not None:
+            allowed[row, _indices(left_out)] = False
     return allowed
 
 

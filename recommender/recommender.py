@@ -133,10 +133,9 @@ class Recommender:
             allow: if not None, the only items that may be, for each history.
             search: whose score, mode, width, node budget and priors are kept in place of this recommender's own.
         """
-        search = None if search is None else self.manifest.searched(search)
+        search = self.manifest.searched(search)
         prompts = [self._prompt(history) for history in histories]
-        tree_search = self._search if search is None else self._search.within(search)
-        rankings = tree_search.search(
+        rankings = self._search.within(search).search(
             prompts,
             k if isinstance(k, int) else list(k),
             exclude,
@@ -163,9 +162,9 @@ class Recommender:
             candidates: item indices, at least one for each history.
             search: whose score and priors are taken in place of this recommender's own.
         """
-        score = self._score(search)
+        search = self.manifest.searched(search)
         found = [
-            self._scorer.score(self._prompt(history), items, score)
+            self._scorer.score(self._prompt(history), items, _score(search))
             for history, items in zip(histories, candidates, strict=True)
         ]
         terms = self._terms(histories, search)
@@ -173,14 +172,9 @@ class Recommender:
             found = [each + terms[row, list(candidates[row])].numpy() for row, each in enumerate(found)]
         return [each.tolist() for each in found]
 
-    def _score(self, search: SearchConfig | None) -> Score:
-        score = self.manifest.searched(search).score
-        assert score is not None  # `searched` fills it in
-        return score
-
-    def _terms(self, histories: Sequence[Sequence[int]], search: SearchConfig | None) -> torch.Tensor | None:
+    def _terms(self, histories: Sequence[Sequence[int]], search: SearchConfig) -> torch.Tensor | None:
         """What priors add to all items, float32 [histories, items]."""
-        return self.priors.of(histories, self.manifest.searched(search).priors) if len(histories) else None
+        return self.priors.of(histories, search.priors) if len(histories) else None
 
     def spellings(
         self, history: Sequence[int], items: Sequence[int], search: SearchConfig | None = None
@@ -194,11 +188,12 @@ class Recommender:
             history, search: as in `rank`.
             items: item indices, at least one.
         """
-        found = self._scorer.log_probabilities(self._prompt(history), items, self._score(search))
+        search = self.manifest.searched(search)
+        found = self._scorer.log_probabilities(self._prompt(history), items, _score(search))
         texts = [
             [str(self.space.tokenizer.decode([token])) for token in self.space.identifiers.spelled(i)] for i in items
         ]
-        added = self.priors.each(history, items, self.manifest.searched(search).priors)
+        added = self.priors.each(history, items, search.priors)
         return [
             [*zip(text, steps.tolist(), strict=True), *((f"[{name}]", value) for name, value in more)]
             for text, steps, more in zip(texts, found, added, strict=True)
@@ -238,6 +233,11 @@ class Recommender:
             history = history[-self.space.prompt.config.history :][1:]
             prompt = self.space.prompt.encode(history)
         return prompt
+
+
+def _score(search: SearchConfig) -> Score:
+    assert search.score is not None  # `Manifest.searched` fills it in
+    return search.score
 
 
 def starting_point(

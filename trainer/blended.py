@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -27,13 +26,14 @@ from recommender.files import write_json, write_text
 from recommender.loading import load_recommender
 from recommender.metrics import metric_values
 from recommender.models import Version, find_bundle, find_version
-from recommender.priors import Priors, prior_models, unconditional
+from recommender.priors import Priors, unconditional
 from recommender.recommender import Recommender
+from recommender.scored import ScoredRecommender
 from trainer.data.dataset import Dataset
 from trainer.evaluation.blend import LEAST, Blend, Weighing, with_scales
 from trainer.evaluation.floors import floor_bundles, floors_of
 from trainer.evaluation.pools import BASE, Pools, pools_of
-from trainer.evaluation.ranking import held_out
+from trainer.evaluation.ranking import Progress, held_out
 from trainer.experiment import Experiment
 from trainer.parts import Prepared, Say
 from trainer.reporting import figures
@@ -42,7 +42,6 @@ BLEND, PAGE = "blend.json", "blend.html"
 _TARGETS = 4000  # of validation at most, a seeded sample
 _LISTED = 100  # items of each list in a pool
 _HALVINGS = 8  # of the weight of targets, from the earliest to the latest
-_SAID_EVERY = 10  # seconds
 
 
 @dataclass(frozen=True)
@@ -90,23 +89,19 @@ def blend(
         raise UserError(f"{bundle}: its catalogue is not the one of {prepared.dataset}; blend it on its own data")
     if recommender.manifest.data_fingerprint not in ("", dataset.fingerprint):
         say(f"note: {bundle} was trained on other data than {prepared.dataset}; it may have seen the targets")
-    recommender.catalogue.popularity = dataset.popularity()  # bundles of earlier releases do not have it
+    popularity = dataset.popularity()
+    recommender.catalogue.popularity = popularity  # bundles of earlier releases do not have it
     configs = asked_for(experiment, dataset, models, kind == LANGUAGE_MODEL, say)
     say(f"priors: {', '.join(configs)}")
     vector = None
     if any(isinstance(config, UnconditionalPrior) for config in configs.values()):
         vector = unconditional(recommender)
-    priors = Priors(
-        recommender.catalogue,
-        configs,
-        prior_models(configs, recommender.catalogue, dataset.fingerprint, device),
-        vector,
-    )
+    priors = Priors(recommender.catalogue, configs, opened(configs, dataset, device), vector)
 
     split = held_out(dataset, "validation", _TARGETS)
     if not len(split):
         raise UserError("data: there is no validation target, and weights are chosen on them; add data")
-    progress = _Progress(len(split), say)
+    progress = Progress("validation: lists read", len(split), say)
     pools = pools_of(
         recommender, priors, split, experiment.evaluation.exclude_seen, _LISTED, experiment.evaluation.batch, progress
     )
@@ -114,7 +109,7 @@ def blend(
     weighing = Weighing(pools, configs)
     importance = importances(dataset, split.numbers)
     found = weighing.fitted(importance)
-    new = dataset.popularity()[split.targets] == 0
+    new = popularity[split.targets] == 0
     segments = {"all": np.ones(len(new), bool), "seen in training": ~new, "unseen in training": new}
     if importance.min() < importance.max():
         segments["latest quarter"] = importance >= np.quantile(importance, 0.75)
@@ -122,7 +117,7 @@ def blend(
         say("note: beside the priors the model's own score says next to nothing of the validation targets")
     blending = _described(pools, weighing, found, segments)
 
-    kept = {name: found.configs[name] for name in found.configs}
+    kept = found.configs
     recommender.priors = Priors(
         recommender.catalogue,
         kept,
@@ -188,13 +183,50 @@ def prior_name(reference: str, storage: Path) -> str:
         found = find_version(reference, storage)
     except UserError as error:
         raise UserError(f"--add {error}") from None
-    if isinstance(found, Version):
-        text = f"{found.name}-{found.number}"
-    else:
-        text = found.parent.name if found.name == "bundle" and not found.parent.name.isdigit() else found.name
-        if found.name == "bundle" and found.parent.name.isdigit():
-            text = f"{found.parents[1].name}-{found.parent.name}"
+    text = _reference(found.bundle if isinstance(found, Version) else found)
     return re.sub(r"[^A-Za-z0-9_-]", "-", text).lstrip("-_")[:40]
+
+
+def _reference(bundle: Path) -> str:
+    """What a bundle is called wherever it lies: name@2 of a version's, else the last part of its path that says more
+    than "bundle"."""
+    if bundle.name != "bundle":
+        return bundle.name
+    home = bundle.parent
+    return f"{home.parent.name}@{home.name}" if home.name.isdigit() else home.name
+
+
+def opened(configs: Mapping[str, PriorConfig], dataset: Dataset, device: str) -> dict[str, ScoredRecommender]:
+    """The models of `model` priors, whose paths are those of bundles.
+
+    Raises:
+        UserError: one is missing or damaged, holds a language model, is a blend, or has another catalogue or other
+            data, so that it may have seen the validation targets; names the field.
+    """
+    models: dict[str, ScoredRecommender] = {}
+    for name, config in configs.items():
+        if not isinstance(config, ModelPrior):
+            continue
+        bundle, field = Path(config.path), f"search.priors.{name}.path"
+        if kind_of(bundle) == LANGUAGE_MODEL:
+            raise UserError(
+                f"{field}: {bundle} holds a language model; give a collaborative one, an itemknn or a tfidf"
+            )
+        model = load_recommender(bundle, device)
+        assert isinstance(model, ScoredRecommender)
+        if model.catalogue.item_ids != dataset.item_ids:
+            raise UserError(f"{field}: {bundle} has another catalogue; train it on the same data")
+        if model.manifest.data_fingerprint != dataset.fingerprint:
+            raise UserError(
+                f"{field}: {bundle} was trained on other data, and may have seen the validation targets that weights "
+                "are found on; train it on the same data, split alike"
+            )
+        if model.manifest.search.priors:
+            raise UserError(
+                f"{field}: {bundle} is a blend itself; give the version that it was made from, and its priors"
+            )
+        models[name] = model
+    return models
 
 
 def importances(dataset: Dataset, numbers: np.ndarray) -> np.ndarray:
@@ -268,21 +300,6 @@ def _said(config: PriorConfig) -> str:
     return ""
 
 
-class _Progress:
-    """Says now and then how many targets are done."""
-
-    def __init__(self, total: int, say: Say):
-        self._total, self._say = total, say
-        self._started = self._said = time.monotonic()
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self._said > _SAID_EVERY:
-            self._said = now
-            left = (self._total - done) * (now - self._started) / done
-            self._say(f"validation: {done}/{self._total} lists read, {left:.0f} s left")
-
-
 def _described(pools: Pools, weighing: Weighing, found: Blend, segments: Mapping[str, np.ndarray]) -> Blending:
     systems = {"blend": weighing.total(found.configs), BASE: pools.scores[BASE]}
     systems |= {name: pools.scores[name] for name, config in weighing.configs.items() if config.kind == "model"}
@@ -303,15 +320,9 @@ def _described(pools: Pools, weighing: Weighing, found: Blend, segments: Mapping
 def _with_priors(
     manifest: Manifest, priors: Mapping[str, PriorConfig], metrics: Mapping[str, float], of: Mapping[str, Any]
 ) -> Manifest:
-    shown = {name: _named(config) for name, config in priors.items()}
+    shown = dict(priors)
+    for name, config in priors.items():
+        if isinstance(config, ModelPrior):  # the bundle holds the model, and this machine's paths say nothing elsewhere
+            shown[name] = config.model_copy(update={"path": _reference(Path(config.path))})
     search = manifest.search.model_copy(update={"priors": shown})
     return manifest.model_copy(update={"search": search, "metrics": dict(metrics), **of})
-
-
-def _named(config: PriorConfig) -> PriorConfig:
-    """With the last part of its path: the bundle holds the model, and paths of this machine say nothing elsewhere."""
-    if isinstance(config, ModelPrior):
-        path = Path(config.path)
-        name = path.parents[1].name + "@" + path.parent.name if path.name == "bundle" else path.name
-        return config.model_copy(update={"path": name})
-    return config

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from recommender.catalogue.filters import Filter
 from recommender.items.trie import RadixTrie
 
 
@@ -74,22 +73,3 @@ class Bounds:
     def below(self, row: torch.Tensor, node: torch.Tensor) -> torch.Tensor:
         """The largest term below nodes, each for its row."""
         return self.best[node, row]
-
-
-def allowed_terms(terms: torch.Tensor, exclude: Filter | None, allow: Filter | None) -> torch.Tensor:
-    """Terms [R, items] with −inf where an item may not be recommended, so that it does not loosen a bound."""
-    terms = terms.clone()
-    for row in range(len(terms)):
-        if allow is not None and (only := allow[row]) is not None:
-            listed = _indices(only)
-            kept = terms[row, listed]
-            terms[row] = -torch.inf
-            terms[row, listed] = kept
-        if exclude is not None and (left_out := exclude[row]) is not None:
-            terms[row, _indices(left_out)] = -torch.inf
-    return terms
-
-
-def _indices(items: object) -> torch.Tensor:
-    listed = items if isinstance(items, np.ndarray) else np.array(list(items), np.int64)  # type: ignore[call-overload]
-    return torch.from_numpy(np.asarray(listed, np.int64))

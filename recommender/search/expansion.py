@@ -7,6 +7,7 @@ a leaf, itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -22,7 +23,7 @@ class Expansion:
     sizes: torch.Tensor  # int64 [nodes, 2], tokens to append, and entries
     finished_at_sight: torch.Tensor  # bool [nodes], whether an entry has its whole score as soon as it is seen
     below: Below  # the nodes that may be expanded
-    levels: Levels
+    radix: RadixTrie
 
     def __post_init__(self) -> None:
         assert len(self.sizes) == len(self.finished_at_sight) == len(self.below.start)
@@ -39,7 +40,12 @@ class Expansion:
             entries = torch.where(is_leaf, 1, trie.child_count)
             finished = is_leaf & (trie.chain_length == 1)
         below = radix.below(~finished.cpu().numpy()).to(finished.device)
-        return cls(torch.stack([length, entries], 1), finished, below, Levels.of(radix, finished.device))
+        return cls(torch.stack([length, entries], 1), finished, below, radix)
+
+    @cached_property
+    def levels(self) -> Levels:
+        """Where the terms of items are bounded; made when a search is first given some."""
+        return Levels.of(self.radix, self.sizes.device)
 
 
 @dataclass(frozen=True)

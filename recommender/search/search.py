@@ -44,8 +44,9 @@ from recommender.catalogue.filters import Allowed, Filter
 from recommender.config import Score, SearchConfig
 from recommender.items.trie import RadixTrie
 from recommender.ragged import ragged
+from recommender.recommendation import allowed_items
 from recommender.search.appended_tree import AppendedTree
-from recommender.search.bounds import Bounds, allowed_terms
+from recommender.search.bounds import Bounds
 from recommender.search.expansion import Chains, Entries, Expansion, Nodes, Sizes, Step
 from recommender.search.frontier import NOTHING, Answers, Ranking, Rows, decoded, keys_of, place_in_row, selected
 from recommender.search.logits import TokenLogits, log_softmax_within
@@ -151,7 +152,10 @@ class TreeSearch:
         allowed = Allowed.of(self._leaf_of_item, len(prompts), exclude, allow, device)
         bounds = None
         if terms is not None:
-            bounds = Bounds.of(self.expansion.levels, allowed_terms(terms, exclude, allow).to(device))
+            # What may not be recommended does not loosen a bound.
+            left = allowed_items(len(prompts), self.items, exclude, allow)
+            terms = terms if left is None else terms.masked_fill(~left, -torch.inf)
+            bounds = Bounds.of(self.expansion.levels, terms.to(device))
         rows = Rows.opened(lengths, _checked(lengths, k), self.items, allowed, bounds, device)
         answers = Answers(rows)
         filled = prefill(self.backbone, [np.asarray(p, np.int32) for p in prompts], self.prefixes, HEADROOM)

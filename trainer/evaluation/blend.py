@@ -18,6 +18,7 @@ import torch
 from recommender.config import ModelPrior, PriorConfig
 from recommender.errors import UserError
 from recommender.metrics import metric_values
+from recommender.priors import transformed
 from trainer.evaluation.pools import BASE, Pools
 
 _OFFSETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -58,10 +59,7 @@ class Weighing:
     def term(self, name: str, config: PriorConfig | None = None) -> np.ndarray:
         """float32 [M, P], a prior without its weight."""
         config, scores = config or self.configs[name], self.pools.scores[name]
-        if isinstance(config, ModelPrior):
-            scaled = scores / config.scale
-            return np.log(np.maximum(scaled, 0) + config.offset) if config.transform == "log" else scaled
-        return scores
+        return transformed(torch.from_numpy(scores), config).numpy() if isinstance(config, ModelPrior) else scores
 
     def total(self, configs: Mapping[str, PriorConfig]) -> np.ndarray:
         """float32 [M, P]."""

@@ -26,7 +26,7 @@ from trainer.cluster import check_resources, connect
 from trainer.config import ClusterConfig, EvaluationConfig
 from trainer.data.dataset import Dataset
 from trainer.evaluation.breakdown import breakdown, categories_of, per_target, rank_floors
-from trainer.evaluation.ranking import HeldOut, Ranking, held_out, ranks_of
+from trainer.evaluation.ranking import HeldOut, Progress, Ranking, held_out, ranks_of
 from trainer.evaluation.saved import EVALUATION, REPORT, TARGETS, Saved
 from trainer.parts import Say
 
@@ -206,7 +206,7 @@ def _rank(
     items = np.full((total, k), -1, np.int32)
     chosen = None if targets.candidates is None else np.full(total, -1, np.int64)
     running = {}
-    started = said = time.monotonic()
+    progress = Progress(f"{split}: ranked", total, say)
 
     def dispatch(worker: Any) -> None:
         if (at := next(chunks, None)) is not None:
@@ -230,10 +230,7 @@ def _rank(
             chosen[at] = answer.chosen
         invalid += answer.invalid
         done += len(at)
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            rate = done / (said - started)
-            say(f"{split}: ranked {done}/{total}, {rate:.0f}/s, {(total - done) / rate:.0f} s left")
+        progress(done)
     for worker in actors:
         ray.kill(worker)
     return Ranking(ranks, exact, expansions, items, invalid, chosen)

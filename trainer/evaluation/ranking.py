@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ import numpy as np
 
 from recommender.recommendation import AnyRecommender
 from trainer.data.dataset import Dataset
+from trainer.parts import Say
+
+_SAID_EVERY = 10  # seconds
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,27 @@ def held_out(dataset: Dataset, split: str, limit: int | None = None, seed: int =
         np.arange(len(histories)), histories, dataset.held_out_items(split), dataset.targets[split].candidates
     )
     return whole.take(numbers)
+
+
+class Progress:
+    """Says every ten seconds how many targets are done, how fast, and how long the others will take.
+
+    Args:
+        what: is done to them, e.g. "test: ranked".
+        total: how many there are.
+    """
+
+    def __init__(self, what: str, total: int, say: Say):
+        self._what, self._total, self._say = what, total, say
+        self._started = self._said = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now - self._said > _SAID_EVERY:
+            self._said = now
+            rate = done / (now - self._started)
+            left = (self._total - done) / rate
+            self._say(f"{self._what} {done}/{self._total}, {rate:.0f}/s, {left:.0f} s left")
 
 
 @dataclass(frozen=True)

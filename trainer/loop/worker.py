@@ -259,7 +259,7 @@ def validate(engine: Any, experiment: Experiment, space: ItemSpace, dataset: Dat
     objective = engine.module.objective
     manifest = Manifest(
         name=experiment.name,
-        search=experiment.search.model_copy(update={"priors": {}}),  # they are no part of the model that is chosen
+        search=experiment.search.unblended(),
         temperature=objective.temperature,
         score="valid" if objective.valid_only else "full",
     )
